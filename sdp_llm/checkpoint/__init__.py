@@ -1,0 +1,1 @@
+"""Checkpoints and exports: safetensors and JSON, complete or absent, never pickle."""

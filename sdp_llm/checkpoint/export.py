@@ -1,0 +1,159 @@
+"""A HuggingFace checkpoint of the whole model, written by its owners in parallel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together, written
+from sdp_llm.sharding.materialize import ShardedModel
+from sdp_llm.sharding.unit import Unit
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def writers(units: list[tuple[tuple[int, ...], int]]) -> list[int]:
+    """Which owner writes each unit, so that the most that one rank writes is small.
+
+    :param units: the owner set and the size of each unit, the same list on every rank.
+    """
+    load: dict[int, int] = {}
+    chosen = [0] * len(units)
+    for i in sorted(range(len(units)), key=lambda i: (-units[i][1], i)):
+        owners, size = units[i]
+        chosen[i] = min(owners, key=lambda rank: (load.get(rank, 0), rank))
+        load[chosen[i]] = load.get(chosen[i], 0) + size
+    return chosen
+
+
+def export_pretrained(
+    sharded: ShardedModel,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the whole model for ``AutoModelForCausalLM.from_pretrained``, in the weights' dtype.
+
+    Collective over the world; no rank holds more than its subnetwork. Sharded safetensors with an
+    index, ``config.json``, ``generation_config.json`` and the tokenizer's files. An existing
+    folder is replaced, in one step.
+
+    :param tokenizer: a folder whose tokenizer files are copied.
+    :param max_file_bytes: begin a new file before one grows larger (a single tensor may).
+    :raises ConfigError: on every rank, when one of them cannot write.
+    """
+    subnetwork = sharded.subnetwork
+
+    def write(partial: Path) -> list[WrittenFile]:
+        files = []
+        for i, tensors in enumerate(_files(sharded, max_file_bytes)):
+            path = partial / f"model-{subnetwork.rank:05d}-{i:05d}.safetensors"
+            save_file(tensors, path, metadata={"format": "pt"})
+            files.append(written(path))
+        return files
+
+    def finish(partial: Path, files: list[WrittenFile]) -> None:
+        config = type(subnetwork.config).from_dict(subnetwork.config.to_dict())
+        config.architectures = [type(subnetwork.model).__name__]
+        config.dtype = sharded.units[0].flat.dtype
+        config.save_pretrained(partial)
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+        _write_index(partial, files)
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            source = Path(tokenizer or "") / name
+            if source.is_file():
+                shutil.copyfile(source, partial / name)
+
+    write_together(Path(folder), write, finish)
+
+
+def _files(sharded: ShardedModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """This rank's part of the model, one file's tensors at a time."""
+    tensors: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in _own_tensors(sharded):
+        if tensors and size + tensor.nbytes > max_bytes:
+            yield tensors
+            tensors, size = {}, 0
+        tensors[name] = tensor
+        size += tensor.nbytes
+    if tensors:
+        yield tensors
+
+
+def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+    subnetwork = sharded.subnetwork
+    layout = subnetwork.layout
+    chosen = writers([(subnetwork.owners(unit), unit.numel) for unit in layout.units])
+    by_name = {unit.layout.name: unit for unit in sharded.units}
+    is_tied = bool(getattr(subnetwork.config.get_text_config(), "tie_word_embeddings", False))
+    for unit, writer in zip(layout.units, chosen, strict=True):
+        if writer != subnetwork.rank:
+            continue
+        yield from _unit_tensors(by_name[unit.name])
+        for alias, name in layout.aliases.items():
+            # from_pretrained ties again where the config says so; else it wants both names.
+            if not is_tied and any(spec.name == name for spec in unit.parameters):
+                yield alias, by_name[unit.name].views()[name].cpu().clone()
+    yield from _persistent_buffers(sharded)
+
+
+def _unit_tensors(unit: Unit) -> Iterator[tuple[str, Tensor]]:
+    for name, view in unit.views().items():
+        # A view would be written with the whole unit behind it.
+        yield name, view.detach().cpu().clone()
+
+
+def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that ``from_pretrained`` expects, each from the lowest rank that has it."""
+    subnetwork = sharded.subnetwork
+    prefix = subnetwork.layout.blocks_path + "."
+    parameters = {name for name, _ in subnetwork.model.named_parameters(remove_duplicate=False)}
+    for name, value in subnetwork.model.state_dict().items():
+        if name in parameters:
+            continue
+        lowest = 0
+        if name.startswith(prefix) and subnetwork.masking == "forward":
+            block = int(name[len(prefix) :].split(".", 1)[0])
+            lowest = subnetwork.plan.owner_sets[block][0]
+        if subnetwork.rank == lowest:
+            yield name, value.detach().cpu().clone()
+
+
+def _write_index(partial: Path, files: list[WrittenFile]) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in sorted(files, key=lambda file: file.name):
+        for name, entry in _header(partial / file.name).items():
+            weight_map[name] = file.name
+            begin, end = entry["data_offsets"]
+            total += end - begin
+    write_json(
+        partial / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file: 8 bytes of length, then JSON, then the data."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header

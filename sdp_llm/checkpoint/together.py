@@ -1,0 +1,133 @@
+"""A folder that all ranks write and that appears complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sdp_llm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a folder: its name, its size in bytes and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def written(path: Path) -> WrittenFile:
+    """Flush a file to the disk and describe it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return WrittenFile(path.name, path.stat().st_size, sha256_of(path))
+
+
+def write_json(path: Path, content: Any) -> WrittenFile:
+    """Write ``content`` as JSON and describe the file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return written(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old or the new text."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _agree(step: Callable[[], Any]) -> list[Any]:
+    """Run ``step`` on every rank; every rank raises when it failed on one, none waits for it.
+
+    :returns: what it returned on each rank.
+    :raises ConfigError: naming the rank and its error, on every rank.
+    """
+    result, failure = None, None
+    try:
+        result = step()
+    except OSError as error:
+        failure = str(error)
+    if not dist.is_initialized():
+        outcomes: list[Any] = [(result, failure)]
+    else:
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure))
+    for rank, (_, reason) in enumerate(outcomes):
+        if reason is not None:
+            raise ConfigError(
+                f"rank {rank} cannot write: {reason}; name a folder that all ranks can write to"
+            )
+    return [value for value, _ in outcomes]
+
+
+def write_together(
+    folder: Path,
+    write: Callable[[Path], list[WrittenFile]],
+    finish: Callable[[Path, list[WrittenFile]], None],
+) -> None:
+    """Let every rank write its files into ``folder``, which must be on a shared file system.
+
+    Collective over the world (or alone, without torch.distributed). The files go to a hidden
+    folder beside it that takes the final name last; an existing ``folder`` is replaced.
+
+    :param write: called on every rank, writes this rank's files and describes them.
+    :param finish: called on rank 0 with the files of all ranks, writes what describes the whole.
+    :raises ConfigError: on every rank, when one of them could not write.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def prepare() -> None:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def complete() -> None:
+        if not is_first:
+            return
+        for file in files:
+            if not (partial / file.name).exists():
+                raise OSError(f"{partial / file.name} is not there: not a shared file system")
+        finish(partial, files)
+        _sync_folder(partial)
+        _move_into_place(partial, folder)
+
+    _agree(prepare)
+    files = [file for part in _agree(lambda: write(partial)) for file in part]
+    _agree(complete)
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

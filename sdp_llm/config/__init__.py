@@ -1,0 +1,46 @@
+"""The run config: one JSON file, DeepSpeed's keys plus `sdp`, `model`, `data` and `training`.
+
+Imports neither torch nor deepspeed nor transformers, so that a wrong file fails at once.
+"""
+
+from sdp_llm.config.batch import BatchSizes, resolve_batch
+from sdp_llm.config.describe import describe_keys, markdown_table
+from sdp_llm.config.emit import deepspeed_dict, keys_without_effect, require_sections, to_dict
+from sdp_llm.config.parse import load_config, parse_config
+from sdp_llm.config.schema import (
+    BF16Config,
+    DataConfig,
+    FileMonitorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SchedulerConfig,
+    SDPConfig,
+    TrainingConfig,
+    WandbConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "BF16Config",
+    "BatchSizes",
+    "DataConfig",
+    "FileMonitorConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SDPConfig",
+    "SchedulerConfig",
+    "TrainingConfig",
+    "WandbConfig",
+    "ZeroConfig",
+    "deepspeed_dict",
+    "describe_keys",
+    "keys_without_effect",
+    "load_config",
+    "markdown_table",
+    "parse_config",
+    "require_sections",
+    "resolve_batch",
+    "to_dict",
+]

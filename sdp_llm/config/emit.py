@@ -1,0 +1,124 @@
+"""From a `RunConfig` back to JSON: for the run folder, and for DeepSpeed itself."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from sdp_llm.config.batch import resolve_batch
+from sdp_llm.config.kinds import AUTO, dump_communication_dtype
+from sdp_llm.config.parse import walk_keys
+from sdp_llm.config.schema import OptimizerConfig, RunConfig, SchedulerConfig
+from sdp_llm.errors import ConfigError
+
+MONITORS = ("tensorboard", "csv_monitor", "wandb")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON values; `parse_config` reads it back to an equal config."""
+    return _section_dict(config)
+
+
+def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) -> dict[str, Any]:
+    """The config that DeepSpeed's engine gets.
+
+    ZeRO and clipping are off in it, because `sharding/` does both; `steps_per_print` is left out,
+    which silences DeepSpeed's own log lines.
+
+    Args:
+        config: the run config.
+        world_size: number of ranks.
+        total_steps: optimizer steps of the budget, for `total_num_steps: "auto"`.
+
+    Raises:
+        ConfigError: the batch sizes contradict each other, or `total_num_steps` is "auto" and
+            there is no budget.
+    """
+    batch = resolve_batch(config, world_size)
+    result: dict[str, Any] = {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "zero_optimization": {"stage": 0},
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": config.bf16.enabled},
+        "wall_clock_breakdown": config.wall_clock_breakdown,
+    }
+    if config.communication_data_type is not None:
+        result["communication_data_type"] = dump_communication_dtype(config.communication_data_type)
+    if config.optimizer is not None:
+        result["optimizer"] = _optimizer(config.optimizer)
+    if config.scheduler is not None:
+        result["scheduler"] = _scheduler(config.scheduler, total_steps)
+    for name in MONITORS:
+        monitor = getattr(config, name)
+        if monitor is not None:
+            result[name] = _section_dict(monitor)
+    return result
+
+
+def require_sections(config: RunConfig, *names: str) -> None:
+    """Check that optional sections are there, such as "model", "data", "training", "optimizer".
+
+    Raises:
+        ConfigError: names the sections that are missing.
+    """
+    missing = [name for name in names if getattr(config, name) is None]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)}: missing in the config file, but needed here; "
+            "add them as in configs/demo.json"
+        )
+
+
+def keys_without_effect(config: RunConfig) -> list[str]:
+    """Full paths of the given DeepSpeed keys that SDP accepts and ignores."""
+    return [
+        path
+        for path, item in walk_keys()
+        if item.metadata.get("no_effect") and _value_at(config, path) is not None
+    ]
+
+
+def _section_dict(section: Any) -> dict[str, Any]:
+    result = {}
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if value is None:
+            continue
+        if "section" in item.metadata:
+            result[item.name] = _section_dict(value)
+        elif "params" in item.metadata:
+            result[item.name] = dict(value)
+        else:
+            result[item.name] = item.metadata["kind"].dump(value)
+    return result
+
+
+def _optimizer(optimizer: OptimizerConfig) -> dict[str, Any]:
+    params = dict(optimizer.params)
+    if optimizer.type in ("Adam", "AdamW"):
+        # Otherwise DeepSpeed compiles its own Adam, which needs a CUDA compiler on the machine.
+        params["torch_adam"] = True
+    return {"type": optimizer.type, "params": params}
+
+
+def _scheduler(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
+    params = dict(scheduler.params)
+    if params.get("total_num_steps") == AUTO:
+        if total_steps is None:
+            raise ConfigError(
+                'scheduler.params.total_num_steps = "auto": there is no budget to take it from; '
+                "give a number of steps"
+            )
+        params["total_num_steps"] = total_steps
+    return {"type": scheduler.type, "params": params}
+
+
+def _value_at(config: RunConfig, path: str) -> Any:
+    node: Any = config
+    for name in path.split("."):
+        if node is None:
+            return None
+        node = getattr(node, name)
+    return node

@@ -1,0 +1,210 @@
+"""From JSON text and overrides to a `RunConfig`; whatever is not understood is an error."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sdp_llm.config import deepspeed_keys as tables
+from sdp_llm.config.kinds import ANY_STRING, AUTO, AUTO_KEYS, STRING, unknown, wrong
+from sdp_llm.config.schema import RunConfig
+from sdp_llm.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run config from a JSON file.
+
+    Args:
+        path: the file.
+        overrides: `a.b=VALUE`, applied in order before anything is checked; see `parse_config`.
+
+    Raises:
+        ConfigError: the file cannot be read, is not strict JSON, or breaks a rule.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; check the path") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; give a JSON file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from None
+    try:
+        raw = _strict_json(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: the top level must be a JSON object {{...}}")
+    return parse_config(raw, overrides)
+
+
+def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Check a run config that is already in memory; null stands for a key that is not given.
+
+    Args:
+        mapping: what the JSON file would hold.
+        overrides: `a.b=VALUE`; VALUE is JSON, or else a plain string. null removes the key.
+
+    Raises:
+        ConfigError: a key is unknown or unsupported, or a value breaks its rule.
+    """
+    tree = copy.deepcopy(dict(mapping))
+    for override in overrides:
+        _apply(tree, override)
+    config: RunConfig = _parse_section(RunConfig, "", tree)
+    return config
+
+
+def walk_keys(cls: type = RunConfig, path: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every key that holds a value, as `(full path, field)`, in the schema's order."""
+    for item in fields(cls):
+        where = _join(path, item.name)
+        if "section" in item.metadata:
+            yield from walk_keys(item.metadata["section"], where)
+        else:
+            yield where, item
+
+
+def _parse_section(cls: type, path: str, raw: Any) -> Any:
+    if not isinstance(raw, Mapping):
+        raise wrong(path, raw, "expected an object {...}")
+    for name in raw:
+        _check_known(cls, path, str(name))
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        where, value = _join(path, item.name), raw.get(item.name)
+        if value is None and "params" in item.metadata:
+            value = {}  # some types require parameters, so these are checked even if not given
+        if value is not None:
+            values[item.name] = _parse_field(item, where, value, values)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{where}: missing; it is required ({item.metadata['help']})")
+    return cls(**values)
+
+
+def _parse_field(item: Field[Any], path: str, value: Any, siblings: Mapping[str, Any]) -> Any:
+    metadata = item.metadata
+    if "section" in metadata:
+        return _parse_section(metadata["section"], path, value)
+    if "params" in metadata:
+        return metadata["params"](path, siblings["type"], value)
+    if value == AUTO:
+        if metadata.get("auto"):
+            return None
+        raise wrong(path, value, f"only {AUTO_KEYS} can be auto; give a value")
+    return metadata["kind"].parse(path, value)
+
+
+def _check_known(cls: type, path: str, name: str) -> None:
+    """Raises ConfigError unless `name` is a key of the section `cls` at `path`."""
+    known = [item.name for item in fields(cls)]
+    if name in known:
+        return
+    where = _join(path, name)
+    # DeepSpeed takes some keys of stage 3 without their prefix too.
+    for candidate in (where, f"{path}.stage3_{name}"):
+        if candidate in tables.UNSUPPORTED:
+            advice = tables.UNSUPPORTED[candidate]
+            text = "valid in DeepSpeed but not supported together with SDP"
+            raise ConfigError(f"{where}: {text}; {advice or 'remove it'}")
+    if where in tables.REMOVED:
+        advice = tables.REMOVED[where] or "remove it"
+        raise ConfigError(
+            f"{where}: removed from DeepSpeed and not supported together with SDP; {advice}"
+        )
+    raise unknown(where, known, _paths_by_name().get(name))
+
+
+@cache
+def _paths_by_name() -> dict[str, str]:
+    """The full path of every key whose name occurs once, sections included."""
+    paths = [path for path, _ in walk_keys()]
+    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})
+    names = [path.rpartition(".")[2] for path in paths]
+    return {name: path for name, path in zip(names, paths, strict=True) if names.count(name) == 1}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Write one `a.b=VALUE` into the tree of raw values."""
+    path, equals, text = override.partition("=")
+    path = path.strip()
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as training.steps=100")
+    item = _locate(path)
+    value = _override_value(item, text)
+    *parents, name = path.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None:
+            if value is None:
+                return
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise wrong(".".join(parents[: depth + 1]), child, "expected an object {...}")
+        node = child
+    if value is not None:
+        node[name] = value
+    elif name in node:
+        del node[name]
+    elif item is None:
+        raise unknown(path, tuple(node))
+
+
+def _locate(path: str) -> Field[Any] | None:
+    """The field at `path`, or None inside params, whose keys depend on the type beside them."""
+    cls: type = RunConfig
+    parts = path.split(".")
+    for depth, name in enumerate(parts):
+        parent = ".".join(parts[:depth])
+        _check_known(cls, parent, name)
+        item = next(item for item in fields(cls) if item.name == name)
+        rest = parts[depth + 1 :]
+        if not rest:
+            return item
+        if "params" in item.metadata and len(rest) == 1:
+            return None
+        if "section" not in item.metadata:
+            raise ConfigError(f"{path}: unknown key; {_join(parent, name)} has no keys below it")
+        cls = item.metadata["section"]
+    raise AssertionError("a path has at least one part")
+
+
+def _override_value(item: Field[Any] | None, text: str) -> Any:
+    try:
+        value = _strict_json(text)
+    except (ValueError, RecursionError):
+        return text
+    # A run folder named 123 is meant as text.
+    is_text = item is not None and item.metadata.get("kind") in (STRING, ANY_STRING)
+    return text if is_text and not isinstance(value, str | None) else value
+
+
+def _strict_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ConfigError(f"{name}: the key is given twice in one object; keep one")
+        result[name] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number; give a finite one")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

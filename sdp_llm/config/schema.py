@@ -1,0 +1,266 @@
+"""The run config as frozen dataclasses: every key with its type, default, unit and meaning.
+
+This is the one place that declares keys: parsing, writing and the table of keys read the metadata
+of these fields.
+"""
+
+# `key` and `section` return dataclasses.field, which is what RUF009 cannot see.
+# ruff: noqa: RUF009
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from sdp_llm.config import named
+from sdp_llm.config.kinds import (
+    ANY_STRING,
+    BOOLEAN,
+    COMMUNICATION_DTYPE,
+    COUNT,
+    COVERAGE,
+    OWNER_SETS,
+    POSITIVE,
+    STRING,
+    Kind,
+    choice,
+    is_number,
+    number,
+    wrong,
+)
+from sdp_llm.errors import ConfigError
+
+DEFAULT_COVERAGE = Fraction(1, 2)
+
+
+def key(kind: Kind, help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """A key that holds a value; without a default it must be given.
+
+    Metadata: `auto` ("auto" is allowed and means not given), `no_effect` (accepted and ignored),
+    `shown` (the default as the table of keys shows it).
+    """
+    return field(default=default, metadata={"kind": kind, "help": help, **metadata})
+
+
+def section(cls: type, *, optional: bool) -> Any:
+    """A key that holds an object; `optional` ones are None where they are not given."""
+    metadata = {"section": cls}
+    if optional:
+        return field(default=None, metadata=metadata)
+    return field(default_factory=cls, metadata=metadata)
+
+
+_OPTIMIZER_TYPE = Kind("string", named.parse_optimizer_type)
+_SCHEDULER_TYPE = Kind("string", named.parse_scheduler_type)
+
+
+def _parse_stage(path: str, value: Any) -> int:
+    if is_number(value) and value == 3:
+        raise wrong(path, value, "valid in DeepSpeed but not supported together with SDP; use 2")
+    if not is_number(value) or value not in (0, 1, 2):
+        raise wrong(path, value, "expected 0, 1 or 2")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class SDPConfig:
+    """Which blocks each rank trains; see `sdp_llm.plan`."""
+
+    masking: str = key(
+        choice("forward", "backward"),
+        "what a rank does with a block it does not own: skip it, or run it frozen",
+        "forward",
+    )
+    coverage: Fraction | None = key(
+        COVERAGE, "share of the ranks that own each free block", None, shown="1/2"
+    )
+    owners_per_block: int | None = key(POSITIVE, "ranks per free block, instead of coverage", None)
+    strategy: str = key(
+        choice("balanced", "cyclic", "random"), "how free blocks are assigned to ranks", "balanced"
+    )
+    pinned_first: int = key(COUNT, "blocks at the start that every rank owns", 1)
+    pinned_last: int = key(COUNT, "blocks at the end that every rank owns", 1)
+    owner_sets: tuple[tuple[int, ...], ...] | None = key(
+        OWNER_SETS, "the ranks of every block, instead of coverage", None
+    )
+    seed: int = key(COUNT, "seed of the assignment", 0)
+
+    def __post_init__(self) -> None:
+        names = ("coverage", "owners_per_block", "owner_sets")
+        given = [f"sdp.{name}" for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{' and '.join(given)}: at most one of {', '.join(names)} may be given; "
+                "remove the others or set them to null"
+            )
+        if not given:
+            object.__setattr__(self, "coverage", DEFAULT_COVERAGE)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to pretrain."""
+
+    config: str = key(STRING, "path of a HuggingFace config.json, or of a folder that has one")
+    gradient_checkpointing: bool = key(BOOLEAN, "recompute activations in the backward pass", False)
+    attn_implementation: str = key(
+        STRING, 'attention kernel of transformers, such as "eager" or "flash_attention_2"', "sdpa"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The tokenized corpus."""
+
+    train: str = key(STRING, "path of the training corpus without .bin and .idx")
+    sequence_length: int = key(POSITIVE, "tokens per sample")
+    validation: str | None = key(STRING, "path of the validation corpus, likewise", None)
+    tokenizer: str | None = key(STRING, "folder of the tokenizer, copied into the export", None)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The budget, and what happens beside the optimizer steps."""
+
+    run_dir: str = key(STRING, "folder for logs, checkpoints and the export")
+    steps: int | None = key(POSITIVE, "budget in optimizer steps", None)
+    tokens: int | None = key(POSITIVE, "budget in tokens", None)
+    flops_of_dense_steps: int | None = key(
+        POSITIVE, "budget as the FLOPs of that many steps at coverage 1", None
+    )
+    seed: int = key(COUNT, "seed of the initial weights and of the order of samples", 1234)
+    eval_interval: int = key(COUNT, "steps between validations; 0: only at the end", 0)
+    eval_samples: int = key(POSITIVE, "sequences per validation", 256)
+    eval_micro_batch_size: int | None = key(
+        POSITIVE,
+        "sequences per rank and forward pass in validation",
+        None,
+        shown="train_micro_batch_size_per_gpu",
+    )
+    export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
+    decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
+    timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)
+    max_skipped_steps: int = key(
+        POSITIVE, "steps in a row with non-finite gradients until training stops", 20
+    )
+
+    def __post_init__(self) -> None:
+        budgets = ("steps", "tokens", "flops_of_dense_steps")
+        given = [f"training.{name}" for name in budgets if getattr(self, name) is not None]
+        rule = f"exactly one of {', '.join(budgets)} must be given"
+        if not given:
+            raise ConfigError(f"training: {rule}; add for example training.steps = 1000")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: {rule}; set the others to null")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """DeepSpeed's optimizer section."""
+
+    type: str = key(_OPTIMIZER_TYPE, f"one of {named.OPTIMIZER_NAMES}")
+    params: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "params": named.parse_optimizer_params,
+            "help": "parameters of the optimizer: lr, betas, eps, weight_decay, ...",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """DeepSpeed's scheduler section."""
+
+    type: str = key(
+        _SCHEDULER_TYPE, f"one of {named.SCHEDULER_NAMES}, or a class of torch.optim.lr_scheduler"
+    )
+    params: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "params": named.parse_scheduler_params,
+            "help": 'parameters of the scheduler; total_num_steps may be "auto"',
+        },
+    )
+
+
+@dataclass(frozen=True)
+class BF16Config:
+    """DeepSpeed's bf16 section."""
+
+    enabled: bool = key(BOOLEAN, "weights and activations in bf16, master weights in fp32", False)
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """DeepSpeed's zero_optimization section; stages apply inside owner sets."""
+
+    stage: int = key(
+        Kind("0, 1 or 2", _parse_stage),
+        "what the owners of a block partition: 1 optimizer state, 2 also gradients",
+        0,
+    )
+    overlap_comm: bool = key(BOOLEAN, "reduce gradients during the backward pass", True)
+    reduce_bucket_size: int = key(POSITIVE, "elements per reduction at most", 500_000_000)
+    allgather_bucket_size: int = key(POSITIVE, "elements per gather at most", 500_000_000)
+    contiguous_gradients: bool | None = key(BOOLEAN, "without effect", None, no_effect=True)
+    allgather_partitions: bool | None = key(BOOLEAN, "without effect", None, no_effect=True)
+    reduce_scatter: bool | None = key(BOOLEAN, "without effect", None, no_effect=True)
+    round_robin_gradients: bool | None = key(BOOLEAN, "without effect", None, no_effect=True)
+
+
+@dataclass(frozen=True)
+class FileMonitorConfig:
+    """DeepSpeed's tensorboard and csv_monitor sections."""
+
+    enabled: bool = key(BOOLEAN, "write metrics there", False)
+    output_path: str = key(ANY_STRING, "folder for the files", "")
+    job_name: str = key(ANY_STRING, "subfolder", "DeepSpeedJobName")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """DeepSpeed's wandb section."""
+
+    enabled: bool = key(BOOLEAN, "write metrics there", False)
+    group: str | None = key(STRING, "group of runs", None)
+    team: str | None = key(STRING, "team", None)
+    project: str = key(STRING, "project", "deepspeed")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: DeepSpeed's keys at the top level, and the sections of this project.
+
+    Batch sizes are None where the file says "auto" or nothing; see `resolve_batch`.
+    """
+
+    train_batch_size: int | None = key(
+        POSITIVE, "samples per optimizer step", None, auto=True, shown="auto"
+    )
+    train_micro_batch_size_per_gpu: int | None = key(
+        POSITIVE, "samples per rank and forward pass", None, auto=True, shown="auto"
+    )
+    gradient_accumulation_steps: int | None = key(
+        POSITIVE, "micro-batches per optimizer step", None, auto=True, shown="auto"
+    )
+    optimizer: OptimizerConfig | None = section(OptimizerConfig, optional=True)
+    scheduler: SchedulerConfig | None = section(SchedulerConfig, optional=True)
+    bf16: BF16Config = section(BF16Config, optional=False)
+    # Nothing is clipped unasked. DeepSpeed 0.19.8 would clip at 1.0 when the key is absent.
+    gradient_clipping: float = key(number(0), "largest norm of the gradient; 0: no clipping", 0.0)
+    zero_optimization: ZeroConfig = section(ZeroConfig, optional=False)
+    communication_data_type: str | None = key(
+        COMMUNICATION_DTYPE, "dtype in which gradients travel", None, shown="that of the weights"
+    )
+    steps_per_print: int = key(POSITIVE, "steps between log lines", 10)
+    wall_clock_breakdown: bool = key(BOOLEAN, "time the phases of a step", False)
+    tensorboard: FileMonitorConfig | None = section(FileMonitorConfig, optional=True)
+    csv_monitor: FileMonitorConfig | None = section(FileMonitorConfig, optional=True)
+    wandb: WandbConfig | None = section(WandbConfig, optional=True)
+    sdp: SDPConfig = section(SDPConfig, optional=False)
+    model: ModelConfig | None = section(ModelConfig, optional=True)
+    data: DataConfig | None = section(DataConfig, optional=True)
+    training: TrainingConfig | None = section(TrainingConfig, optional=True)

@@ -1,0 +1,25 @@
+"""Token corpora on disk and the order in which training reads them."""
+
+from __future__ import annotations
+
+from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from sdp_llm.data.sampler import (
+    PackedDataset,
+    batch_for_rank,
+    batch_indices,
+    rank_slice,
+    samples_at,
+    validation_samples,
+)
+
+__all__ = [
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "PackedDataset",
+    "batch_for_rank",
+    "batch_indices",
+    "best_dtype",
+    "rank_slice",
+    "samples_at",
+    "validation_samples",
+]

@@ -1,0 +1,373 @@
+"""The DeepSpeed engine of Subnetwork Data Parallelism.
+
+It extends DeepSpeedEngine the way DeepSpeed's own PipelineEngine does. DeepSpeed gets a config
+with ZeRO and clipping off, because ``sharding/`` does both inside the owner sets, and a model
+whose parameters have their final type and place, so that its own cast, move and broadcast find
+nothing to do. Only what SDP changes is overridden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sdp_llm.checkpoint.export import export_pretrained
+from sdp_llm.checkpoint.load import load_checkpoint
+from sdp_llm.checkpoint.save import save_checkpoint
+from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config
+from sdp_llm.errors import ConfigError
+from sdp_llm.evaluation import Evaluation, evaluate
+from sdp_llm.plan import Plan, plan_from_config
+from sdp_llm.sharding.groups import check_agreement
+from sdp_llm.sharding.materialize import ShardedModel, materialize
+from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
+from sdp_llm.sharding.reducer import GradientReducer
+from sdp_llm.subnetwork.build import build_subnetwork
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Source = PretrainedConfig | PreTrainedModel
+
+
+def init_distributed(timeout: timedelta) -> None:
+    """Start torch.distributed under any launcher, or for one process without one."""
+    # DeepSpeed would look for MPI otherwise.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+
+
+def initialize(
+    model: Source,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    training_data: Any = None,
+    collate_fn: Any = None,
+    total_num_steps: int | None = None,
+) -> tuple[SDPEngine, ShardedOptimizer, Any, Any]:
+    """What ``deepspeed.initialize`` is to DeepSpeed: one call from a model and a config.
+
+    Collective over the world; starts torch.distributed where it is not yet.
+
+    :param model: a HuggingFace config of a decoder-only model, of which each rank builds its
+        subnetwork alone; or a model, of which each rank keeps its subnetwork.
+    :param config: a run config, its ``model``, ``data`` and ``training`` sections optional.
+    :param optimizer: makes an element-wise optimizer from parameter groups, instead of the
+        config's ``optimizer``.
+    :param lr_scheduler: makes a scheduler from an optimizer, instead of the config's.
+    :param total_num_steps: what ``scheduler.params.total_num_steps: "auto"`` stands for.
+    :returns: engine, optimizer, dataloader (None without ``training_data``) and scheduler.
+    :raises ConfigError: for a wrong config or a model without a single list of blocks.
+    """
+    if isinstance(config, RunConfig):
+        run = config
+    elif isinstance(config, Mapping):
+        run = parse_config(config)
+    else:
+        run = load_config(config)
+    for name, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
+        if value is not None and not callable(value):
+            raise ConfigError(
+                f"{name}: {type(value).__name__} is an instance; the parameters that a rank "
+                "optimises exist only inside the engine: pass a function that makes it from them"
+            )
+    engine = SDPEngine(
+        model,
+        run,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        training_data=training_data,
+        collate_fn=collate_fn,
+        total_num_steps=total_num_steps,
+    )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+class SDPEngine(DeepSpeedEngine):
+    """Trains this rank's subnetwork; ``engine(batch)``, ``engine.backward(loss)``,
+    ``engine.step()`` as with DeepSpeed. Built by :func:`initialize`."""
+
+    sharded: ShardedModel
+
+    def __init__(
+        self,
+        source: Source,
+        run: RunConfig,
+        *,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        training_data: Any,
+        collate_fn: Any,
+        total_num_steps: int | None,
+    ) -> None:
+        self.run = run
+        timeout = timedelta(minutes=run.training_or_default.timeout_minutes)
+        init_distributed(timeout)
+        generated = deepspeed_dict(run, dist.get_world_size(), total_num_steps)
+        if optimizer is None and run.optimizer is None:
+            raise ConfigError(
+                'optimizer: missing; add {"type": "AdamW", "params": {"lr": …}} to the config'
+            )
+        self.sharded = _shard(source, run, timeout)
+        self._reducer = GradientReducer(
+            self.sharded.owned,
+            self.sharded.subnetwork.model,
+            self.sharded.communicator,
+            stage=self.sharded.stage,
+            overlap=run.zero_optimization.overlap_comm,
+        )
+        super().__init__(
+            args=None,
+            model=self.sharded.subnetwork.model,
+            # DeepSpeed looks whether there is one; _configure_optimizer makes it.
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            training_data=training_data,
+            collate_fn=collate_fn,
+            config=generated,
+            config_class=DeepSpeedConfig(generated),
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """Which ranks own which blocks."""
+        return self.sharded.subnetwork.plan
+
+    # -- what SDP changes ---------------------------------------------------------------------
+
+    def _broadcast_model(self) -> None:
+        """Nothing: owners start equal, and ranks have different parameters."""
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        groups = parameter_groups(self.sharded.owned, self.run.training_or_default.decay_all)
+        if client_optimizer is None:
+            self.basic_optimizer = self._configure_basic_optimizer(groups)
+        else:
+            self.basic_optimizer = client_optimizer(groups)
+        self.optimizer = ShardedOptimizer(
+            self.sharded.units,
+            self.basic_optimizer,
+            self.sharded.communicator,
+            stage=self.sharded.stage,
+            max_norm=self.gradient_clipping(),
+            deliver=self.sharded.subnetwork.masking == "backward",
+        )
+
+    def _scheduler_from_config(self, optimizer: Any) -> Any:
+        # torch's schedulers take nothing but a torch optimizer.
+        return super()._scheduler_from_config(self.basic_optimizer)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        """DeepSpeed's, with each unit's gradient averaged over its owners meanwhile."""
+        is_last = self.is_gradient_accumulation_boundary()
+        must_reduce = self.sharded.stage == 2 or is_last
+        self._reducer.begin(reduce=must_reduce and not self.inside_no_sync_ctxt)
+        scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self.inside_no_sync_ctxt:
+            self._reducer.finish()
+        return scaled
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """End the reductions of the backward pass; ``bucket_size`` is the config's."""
+        self._reducer.finish()
+
+    def zero_grad(self) -> None:
+        """Zero the accumulated gradients, which are the units', not the parameters'."""
+        self.optimizer.zero_grad()
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: the optimizer clips by the global norm before it steps."""
+
+    def gradient_clipping(self) -> float:
+        return self.run.gradient_clipping
+
+    def zero_optimization_stage(self) -> int:
+        return self.run.zero_optimization.stage
+
+    def zero_overlap_comm(self) -> bool:
+        return self.run.zero_optimization.overlap_comm
+
+    def zero_reduce_bucket_size(self) -> int:
+        return self.run.zero_optimization.reduce_bucket_size
+
+    def zero_allgather_bucket_size(self) -> int:
+        return self.run.zero_optimization.allgather_bucket_size
+
+    # -- the whole model ----------------------------------------------------------------------
+
+    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+        """The whole model's loss; see :func:`sdp_llm.evaluation.evaluate`. Collective."""
+        return evaluate(self.sharded, samples, micro_batch)
+
+    def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
+        """Write the whole model as a HuggingFace checkpoint. Collective over the world."""
+        export_pretrained(self.sharded, save_directory, tokenizer=tokenizer)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the training state of all ranks to ``save_dir/tag``. Collective over the world.
+
+        :param client_state: handed back by :meth:`load_checkpoint`; JSON only.
+        :param exclude_frozen_parameters: without effect: a frozen block is saved by its owners.
+        """
+        scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
+        group_options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.basic_optimizer.param_groups
+        ]
+        state = {
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "scheduler": scheduler,
+            "param_groups": group_options,
+            "client_state": dict(client_state or {}),
+        }
+        name = tag or f"global_step{self.global_steps}"
+        save_checkpoint(
+            self.sharded,
+            self.basic_optimizer,
+            Path(save_dir),
+            name,
+            state,
+            save_latest=save_latest,
+        )
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """Read what :meth:`save_checkpoint` wrote, under any number of ranks and any plan.
+
+        :returns: the checkpoint's folder and the ``client_state``.
+        :raises ConfigError: when there is none, a file is damaged, or the model differs.
+        """
+        if custom_load_fn is not None or not load_module_strict:
+            _unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
+        folder = Path(load_dir)
+        if tag is None:
+            latest = folder / "latest"
+            if not latest.is_file():
+                raise ConfigError(f"{latest}: not there; save a checkpoint first or name a tag")
+            tag = latest.read_text(encoding="utf-8").strip()
+        with_optimizer = load_optimizer_states and not load_module_only
+        state = load_checkpoint(
+            self.sharded, self.basic_optimizer, folder / tag, load_optimizer_state=with_optimizer
+        )
+        self.optimizer.distribute_weights()
+        self.optimizer.zero_grad()
+        if load_module_only:
+            return str(folder / tag), state["client_state"]
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        if with_optimizer:
+            saved_groups = state["param_groups"]
+            for group, saved in zip(self.basic_optimizer.param_groups, saved_groups, strict=True):
+                group.update(saved)
+        if load_lr_scheduler_states and self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        return str(folder / tag), state["client_state"]
+
+    # -- what makes no sense where no rank has the whole model -----------------------------------
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("save_16bit_model()", "call engine.save_pretrained(folder)")
+
+    def save_fp16_model(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("save_fp16_model()", "call engine.save_pretrained(folder)")
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("module_state_dict()", "call engine.save_pretrained(folder)")
+
+    def load_module_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("load_module_state_dict()", "pass a model with values to initialize()")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("state_dict()", "call engine.save_checkpoint(folder)")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("load_state_dict()", "call engine.load_checkpoint(folder)")
+
+    def compile(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("compile()", "train without it")
+
+    def scale(self, loss: Tensor) -> NoReturn:
+        _unsupported("scale(loss)", "call engine.backward(loss)")
+
+    def coalesce_grad_reduction(self) -> NoReturn:
+        _unsupported("coalesce_grad_reduction()", "use gradient_accumulation_steps")
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("offload_states()", "lower sdp.coverage for less memory")
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _unsupported("reload_states()", "there is nothing offloaded")
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def _unsupported(what: str, instead: str) -> NoReturn:
+    raise NotImplementedError(f"SDPEngine.{what} is not supported; {instead}")
+
+
+def _shard(source: Source, run: RunConfig, timeout: timedelta) -> ShardedModel:
+    """Plan, build and materialise this rank's subnetwork."""
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    depth = config.get_text_config().num_hidden_layers
+    plan = plan_from_config(run.sdp, dist.get_world_size(), depth)
+    check_agreement("the plan", plan.fingerprint())
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator.set_device(local_rank)
+    dtype = torch.bfloat16 if run.bf16.enabled else torch.float32
+    travelling = run.communication_data_type
+    zero = run.zero_optimization
+    subnetwork = build_subnetwork(
+        source,
+        plan,
+        dist.get_rank(),
+        masking=run.sdp.masking,
+        max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        attn_implementation=run.model.attn_implementation if run.model else "sdpa",
+        gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
+    )
+    return materialize(
+        subnetwork,
+        seed=run.training_or_default.seed,
+        stage=zero.stage,
+        dtype=dtype,
+        communication_dtype=DTYPES[travelling] if travelling else dtype,
+        device=torch.device(accelerator.device_name(local_rank)),
+        timeout=timeout,
+    )

@@ -1,0 +1,153 @@
+"""The whole model's loss in the memory of a subnetwork.
+
+Under forward masking no rank holds the whole model. Here the model's own forward runs on each
+rank's samples, and each block travels from its owners to the ranks that lack it when its turn
+comes, is run there and freed: at any moment a rank holds its subnetwork and one block more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.sharding.collectives import Communicator
+from sdp_llm.sharding.materialize import ShardedModel
+from sdp_llm.sharding.unit import Unit
+from sdp_llm.subnetwork.adapter import UnitLayout, find_blocks
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean loss in nats per token over ``tokens`` targets of all ranks."""
+
+    loss: float
+    tokens: int
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """The loss per byte of the text that the targets stand for."""
+        return self.loss * self.tokens / math.log(2) / text_bytes
+
+
+class StreamedBlock(nn.Module):
+    """Stands where a block is absent: receives its weights, runs it, forgets them.
+
+    :param block: the absent block, its parameters on the meta device.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        prefix: str,
+        units: list[tuple[UnitLayout, tuple[int, ...]]],
+        communicator: Communicator,
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        # Kept out of the module tree: its parameters must not be seen as the model's.
+        self.__dict__["block"] = block.eval()
+        self._prefix = prefix
+        self._units = units
+        self._communicator = communicator
+        self._like = like
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block: nn.Module = self.__dict__["block"]
+        values = {name: b.to(self._like.device) for name, b in block.named_buffers()}
+        for layout, owners in self._units:
+            numel = -(-layout.numel // len(owners)) * len(owners)
+            flat = self._like.new_empty(numel)
+            assert dist.group.WORLD is not None
+            self._communicator.deliver(flat, owners, dist.group.WORLD).wait()
+            start = 0
+            for spec in layout.parameters:
+                local_name = spec.name.removeprefix(self._prefix)
+                values[local_name] = flat[start : start + spec.numel].view(spec.shape)
+                start += spec.numel
+        return torch.func.functional_call(block, values, args, kwargs)
+
+
+@contextmanager
+def whole_model(sharded: ShardedModel) -> Iterator[nn.Module]:
+    """Within, the model's forward runs every block, and is collective over the world.
+
+    Every rank must run it equally often, without gradients.
+    """
+    subnetwork = sharded.subnetwork
+    model = subnetwork.model
+    path, blocks = find_blocks(model)
+    by_block: dict[int, list[UnitLayout]] = {}
+    for layout in subnetwork.layout.units:
+        if layout.block is not None:
+            by_block.setdefault(layout.block, []).append(layout)
+    held: dict[int, list[Unit]] = {}
+    for unit in sharded.units:
+        if unit.layout.block is not None:
+            held.setdefault(unit.layout.block, []).append(unit)
+
+    hooks = []
+    skipped = {b: blocks[b] for b in subnetwork.absent}
+    was_training = model.training
+    model.eval()
+    for b, layouts in by_block.items():
+        if b in subnetwork.absent:
+            units = [(layout, subnetwork.owners(layout)) for layout in layouts]
+            blocks[b] = StreamedBlock(
+                subnetwork.absent[b],
+                f"{path}.{b}.",
+                units,
+                sharded.communicator,
+                sharded.units[0].flat,
+            )
+        elif subnetwork.masking == "forward":
+            send = _Sender(held[b], sharded.communicator)
+            hooks.append(blocks[b].register_forward_pre_hook(send))
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for b, block in skipped.items():
+            blocks[b] = block
+        model.train(was_training)
+
+
+class _Sender:
+    """Before an owner runs its block, it sends its slice to the ranks that lack it."""
+
+    def __init__(self, units: list[Unit], communicator: Communicator) -> None:
+        self._units = units
+        self._communicator = communicator
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        world = dist.group.WORLD
+        for unit in self._units:
+            if world is not None and len(unit.owners) < world.size():
+                self._communicator.deliver(unit.flat, unit.owners, world).wait()
+
+
+@torch.no_grad()
+def evaluate(sharded: ShardedModel, samples: Tensor, micro_batch: int) -> Evaluation:
+    """The whole model's loss over the samples of all ranks. Collective over the world.
+
+    :param samples: this rank's token ids ``[samples, sequence + 1]``; equally many on each rank.
+    :param micro_batch: samples per forward. Each forward makes every block travel once, so take
+        as many as memory allows; the activations of one block and the logits exist at a time.
+    """
+    device = sharded.units[0].flat.device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with whole_model(sharded) as model:
+        for part in samples.split(micro_batch):
+            total[0] += summed_loss(model, part.to(device)).double()
+            total[1] += target_count(part)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    loss, tokens = total.tolist()
+    return Evaluation(loss / tokens, int(tokens))

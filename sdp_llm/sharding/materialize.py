@@ -1,0 +1,98 @@
+"""From a subnetwork's structure to the units that store it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdp_llm.sharding.collectives import Communicator
+from sdp_llm.sharding.groups import OwnerGroups, create_owner_groups
+from sdp_llm.sharding.unit import Unit
+from sdp_llm.subnetwork.build import Subnetwork, initial_values
+from sdp_llm.subnetwork.init import bind
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A rank's subnetwork, the units that store it in forward order, and how they communicate."""
+
+    subnetwork: Subnetwork
+    units: tuple[Unit, ...]
+    communicator: Communicator
+    stage: int
+
+    @property
+    def owned(self) -> tuple[Unit, ...]:
+        """The units that this rank trains."""
+        return tuple(unit for unit in self.units if unit.is_owner)
+
+
+def materialize(
+    subnetwork: Subnetwork,
+    *,
+    seed: int,
+    stage: int,
+    dtype: torch.dtype,
+    communication_dtype: torch.dtype,
+    device: torch.device,
+    timeout: timedelta,
+) -> ShardedModel:
+    """Give the subnetwork its values: stored in units, of which the parameters become views.
+
+    Collective over the world. Peak memory: the units, and the fp32 values of one more.
+
+    :param seed: of the initial values; unused where the caller gave a model with values, of
+        which then those of the lowest rank that holds them count.
+    :param timeout: of the owner sets' process groups.
+    """
+    groups = create_owner_groups(subnetwork.plan, timeout)
+    is_given = subnetwork.given is not None
+    units: list[Unit] = []
+    for pieces, values in initial_values(subnetwork, seed):
+        owners = subnetwork.owners(pieces[0])
+        if is_given:
+            _adopt_lowest_rank(subnetwork, groups, owners, values, device)
+        for layout in pieces:
+            unit = Unit(
+                layout,
+                values,
+                owners=owners,
+                group=groups[owners],
+                rank=subnetwork.rank,
+                stage=stage,
+                dtype=dtype,
+                device=device,
+            )
+            bind(subnetwork.model, unit.views(), subnetwork.layout.aliases)
+            units.append(unit)
+    if subnetwork.given is not None:
+        subnetwork.given.clear()
+    subnetwork.model.to(device)  # the buffers; every parameter is there already
+    return ShardedModel(
+        subnetwork, tuple(units), Communicator(device, communication_dtype), stage
+    )
+
+
+def _adopt_lowest_rank(
+    subnetwork: Subnetwork,
+    groups: OwnerGroups,
+    owners: tuple[int, ...],
+    values: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Overwrite ``values`` by those of the lowest rank that holds the unit, as DeepSpeed does."""
+    holders = tuple(range(subnetwork.plan.world_size))
+    if subnetwork.masking == "forward":
+        holders = owners
+    group = groups[holders]
+    if group is None:
+        return
+    for value in values.values():
+        travelling = value.to(device)
+        dist.broadcast(travelling, holders[0], group=group)
+        value.copy_(travelling)

@@ -1,0 +1,128 @@
+"""The optimizer of one rank: a torch optimizer on the slices of this rank's shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdp_llm.sharding.collectives import Communicator
+from sdp_llm.sharding.unit import Unit
+
+
+def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, Any]]:
+    """Two groups of parameter slices: with weight decay, and without.
+
+    One-dimensional parameters (norms, biases) get no weight decay unless ``decay_all``. Both
+    groups exist on every rank, also where one is empty, so that the state of learning-rate
+    schedulers has the same form everywhere.
+    """
+    slices = [piece for unit in units for piece in unit.slices]
+    decayed = [s.tensor for s in slices if decay_all or len(s.shape) > 1]
+    others = [s.tensor for s in slices if not decay_all and len(s.shape) <= 1]
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> Tensor:
+    """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint."""
+    norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
+    total = torch.stack(norms).square().sum()
+    if world is not None:
+        dist.all_reduce(total, group=world)
+    return total.sqrt()
+
+
+class ShardedOptimizer:
+    """Steps ``inner`` on this rank's shards and brings the updated weights to their ranks.
+
+    DeepSpeed's engine drives it through ``step``, ``zero_grad``, ``param_groups``, ``overflow``
+    and ``_global_grad_norm``.
+
+    :param units: all units that this rank stores, in forward order.
+    :param inner: on the groups of :func:`parameter_groups`.
+    :param max_norm: clip the global gradient norm to this (0: never).
+    :param deliver: True where ranks store units they do not own (backward masking).
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        inner: torch.optim.Optimizer,
+        communicator: Communicator,
+        *,
+        stage: int,
+        max_norm: float,
+        deliver: bool,
+    ) -> None:
+        self.units = units
+        self.owned = [unit for unit in units if unit.is_owner]
+        self.inner = inner
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+        self._communicator = communicator
+        self._stage = stage
+        self._max_norm = max_norm
+        self._deliver = deliver
+        self._world = dist.group.WORLD if dist.get_world_size() > 1 else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return self.inner.state
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zero the accumulated gradients; their storage stays."""
+        for unit in self.owned:
+            unit.grad.zero_()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip, update and distribute; or, on all ranks together, skip a non-finite gradient.
+
+        ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
+        """
+        norm = global_norm([unit.shard_grad for unit in self.owned], self._world).item()
+        self._global_grad_norm = norm
+        self.overflow = not math.isfinite(norm)
+        if self.overflow:
+            return
+        # torch.nn.utils.clip_grad_norm_'s formula.
+        scale = self._max_norm / (norm + 1e-6) if self._max_norm > 0 else 1.0
+        if scale < 1.0:
+            for unit in self.owned:
+                unit.optimised_grad.mul_(scale)
+        self.inner.step()
+        self.distribute_weights()
+
+    @torch.no_grad()
+    def distribute_weights(self) -> None:
+        """Bring the masters of all owners into the weights of every rank that stores them."""
+        for unit in self.owned:
+            unit.cast_masters()
+        under_way = []
+        for unit in self.units:
+            if self._stage > 0 and unit.is_owner and unit.group is not None:
+                under_way.append(self._communicator.all_gather(unit.flat, unit.group))
+            if self._deliver and self._world is not None:
+                under_way.append(self._communicator.deliver(unit.flat, unit.owners, self._world))
+        for pending in under_way:
+            pending.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError(
+            "optimizer.state_dict(): a rank holds only its shards; engine.save_checkpoint(dir) "
+            "writes the state of all ranks under global names"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise RuntimeError(
+            "optimizer.load_state_dict(): a rank holds only its shards; "
+            "engine.load_checkpoint(dir) reads what engine.save_checkpoint(dir) wrote"
+        )

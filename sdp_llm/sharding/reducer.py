@@ -1,0 +1,135 @@
+"""Masked averaging: gradients leave the backward pass into the units and are reduced meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sdp_llm.sharding.collectives import Communicator, Pending, fp32_sum
+from sdp_llm.sharding.cursor import LaunchCursor
+from sdp_llm.sharding.unit import Unit
+
+
+class GradientReducer:
+    """Accumulates this rank's gradients and averages each unit's over its owners.
+
+    Between :meth:`begin` and :meth:`finish` a hook on every parameter moves its gradient into its
+    unit in fp32. In a pass that reduces, a unit's reduction starts as soon as it is complete and
+    its turn has come; the backward pass goes on meanwhile. At most one reduction is under way, so
+    that at most one unit's send and receive buffers exist beside the unit being collected.
+
+    :param units: the units that this rank owns, in forward order.
+    :param model: its parameters are views into the units.
+    :param stage: at 2 every pass must reduce; at 0 and 1 only the last of a step.
+    :param overlap: False waits for each reduction at once (``overlap_comm``).
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        model: nn.Module,
+        communicator: Communicator,
+        *,
+        stage: int,
+        overlap: bool = True,
+    ) -> None:
+        self._units = units
+        self._communicator = communicator
+        self._stage = stage
+        self._overlap = overlap
+        self._cursor = LaunchCursor([len(unit.layout.parameters) for unit in units])
+        self._collected: dict[int, Tensor] = {}
+        self._under_way: Callable[[], None] | None = None
+        self._is_active = self._is_reducing = False
+        for u, unit in enumerate(units):
+            for i, spec in enumerate(unit.layout.parameters):
+                hook = partial(self._on_gradient, u, i)
+                model.get_parameter(spec.name).register_post_accumulate_grad_hook(hook)
+
+    def begin(self, *, reduce: bool) -> None:
+        """Announce a backward pass; ``reduce`` says whether it ends in averaged gradients."""
+        if self._stage == 2 and not reduce:
+            raise RuntimeError("stage 2 keeps no unreduced gradients: every pass must reduce")
+        self._cursor.reset()
+        self._is_active, self._is_reducing = True, reduce
+
+    def finish(self) -> None:
+        """End the backward pass; missing gradients count as zeros."""
+        if self._is_active and self._is_reducing:
+            for u in self._cursor.finish():
+                self._launch(u)
+            self._complete()
+        self._is_active = False
+
+    def _on_gradient(self, u: int, i: int, parameter: Tensor) -> None:
+        unit = self._units[u]
+        name = unit.layout.parameters[i].name
+        if not self._is_active:
+            raise RuntimeError(f"{name}: a backward pass outside engine.backward(loss); call that")
+        try:
+            ready = self._cursor.arrive(u, i)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}; run the model once per backward pass") from None
+        assert parameter.grad is not None
+        gradient = parameter.grad.flatten()
+        parameter.grad = None
+        target = slice(unit.offsets[i], unit.offsets[i] + gradient.numel())
+        if self._is_staged(unit):
+            self._staging(u)[target] = gradient
+        else:
+            unit.grad[target] += gradient
+        if self._is_reducing:
+            for index in ready:
+                self._launch(index)
+
+    def _is_staged(self, unit: Unit) -> bool:
+        # Stage 2 has no place for a whole gradient: it is collected in a buffer for sending.
+        return self._stage == 2 and unit.group is not None
+
+    def _staging(self, u: int) -> Tensor:
+        if u not in self._collected:
+            flat = self._units[u].flat
+            self._collected[u] = torch.empty_like(flat, dtype=self._communicator.dtype)
+            self._collected[u][self._units[u].layout.numel :] = 0
+        return self._collected[u]
+
+    def _launch(self, u: int) -> None:
+        unit = self._units[u]
+        if unit.group is None:
+            return
+        self._complete()
+        if self._is_staged(unit):
+            send = self._staging(u)
+            for i in self._cursor.missing(u):
+                start = unit.offsets[i]
+                send[start : start + unit.layout.parameters[i].numel] = 0
+            del self._collected[u]
+        else:
+            send = unit.grad.to(self._communicator.dtype)
+        received, pending = self._communicator.reduce_scatter(send, unit.group)
+        self._under_way = partial(self._receive, unit, send, received, pending)
+        if not self._overlap:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Wait for the reduction under way, if there is one."""
+        if self._under_way is not None:
+            self._under_way()
+            self._under_way = None
+
+    def _receive(self, unit: Unit, send: Tensor, received: Tensor, pending: Pending) -> None:
+        # ``send`` is an argument so that it lives until the wait.
+        pending.wait()
+        mean = fp32_sum(received).div_(len(unit.owners))
+        if self._stage == 2:
+            unit.grad += mean
+            return
+        unit.shard_grad.copy_(mean)
+        if self._stage == 0:
+            assert unit.group is not None
+            full = unit.grad.to(self._communicator.dtype)
+            self._communicator.all_gather(full, unit.group).wait()
+            unit.grad.copy_(full)

@@ -1,0 +1,120 @@
+"""The storage of one unit on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sdp_llm.subnetwork.adapter import UnitLayout
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """A contiguous range of one parameter, which this rank optimises.
+
+    ``tensor`` (1-D, fp32) is a view into the unit's master; its ``grad`` a view into the unit's
+    gradient. ``start`` and ``stop`` count elements of the flattened parameter ``name``, whose
+    first element stands at ``offset`` in the unit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    start: int
+    stop: int
+    tensor: nn.Parameter
+
+
+class Unit:
+    """The weights of one unit, and on an owner its shard of gradient and optimizer state.
+
+    ``flat`` (1-D, weights' dtype) holds the unit's parameters one after the other, zero-padded to
+    a multiple of ``p``. An owner has besides
+
+    - ``master`` (1-D, fp32): what the optimizer updates: all of ``flat`` at stage 0, this rank's
+      shard of it otherwise. Where the weights are fp32 it is a view of ``flat``.
+    - ``grad`` (1-D, fp32): the accumulated gradient, of all of ``flat`` at stages 0 and 1, of
+      the shard at stage 2.
+
+    :param values: the fp32 initial value of every parameter, by global name. The masters are
+        taken from them, before anything is cast.
+    :param group: the owner set's process group, None where the owner set is one rank.
+    """
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        values: Mapping[str, Tensor],
+        *,
+        owners: Sequence[int],
+        group: dist.ProcessGroup | None,
+        rank: int,
+        stage: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        self.owners = tuple(owners)
+        self.group = group
+        self.is_owner = rank in self.owners
+        self.offsets: list[int] = []
+        offset = 0
+        for spec in layout.parameters:
+            self.offsets.append(offset)
+            offset += spec.numel
+        p = len(self.owners)
+        shard_numel = -(-layout.numel // p)
+        whole = torch.zeros(shard_numel * p, dtype=torch.float32, device=device)
+        for spec, start in zip(layout.parameters, self.offsets, strict=True):
+            whole[start : start + spec.numel] = values[spec.name].flatten()
+        self.flat = whole.to(dtype)
+        if not self.is_owner:
+            return
+        first = self.owners.index(rank) * shard_numel
+        self.shard = slice(first, first + shard_numel)
+        self._optimised = slice(0, whole.numel()) if stage == 0 else self.shard
+        self.master = self.flat[self._optimised]
+        if dtype != torch.float32:
+            self.master = whole[self._optimised].clone()
+        self.grad = torch.zeros_like(self.master if stage == 2 else whole)
+        self.slices = tuple(self._parameter_slices())
+
+    def views(self) -> dict[str, Tensor]:
+        """Each parameter's view into ``flat``, by global name."""
+        return {
+            spec.name: self.flat[start : start + spec.numel].view(spec.shape)
+            for spec, start in zip(self.layout.parameters, self.offsets, strict=True)
+        }
+
+    @property
+    def shard_grad(self) -> Tensor:
+        """The part of ``grad`` that only this owner counts: the owners' shards are disjoint."""
+        return self.grad if self.grad.numel() < self.flat.numel() else self.grad[self.shard]
+
+    @property
+    def optimised_grad(self) -> Tensor:
+        """The part of ``grad`` that belongs to ``master``."""
+        is_partitioned = self.grad.numel() == self.master.numel()
+        return self.grad if is_partitioned else self.grad[self._optimised]
+
+    def cast_masters(self) -> None:
+        """Write the updated masters into the weights; nothing to do where they are a view."""
+        if self.flat.dtype != torch.float32:
+            self.flat[self._optimised] = self.master
+
+    def _parameter_slices(self) -> list[ParameterSlice]:
+        first, last = self._optimised.start, self._optimised.stop
+        found = []
+        for spec, offset in zip(self.layout.parameters, self.offsets, strict=True):
+            start, stop = max(first, offset), min(last, offset + spec.numel)
+            if start >= stop:
+                continue
+            tensor = nn.Parameter(self.master[start - first : stop - first])
+            tensor.grad = self.optimised_grad[start - first : stop - first]
+            inside = (start - offset, stop - offset)
+            found.append(ParameterSlice(spec.name, spec.shape, offset, *inside, tensor))
+        return found

@@ -1,0 +1,157 @@
+"""SDP's n workers in one process: the oracle of the tests, and a way to train on one device.
+
+Written with plain autograd and a plain torch optimizer on whole tensors, independent of
+``sharding/``: for each worker in turn, forward its subnetwork on its part of the batch, backward;
+divide each block's gradient by its number of owners and each shared one by n; clip; step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.plan import Plan
+from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
+from sdp_llm.subnetwork.init import bind, initialize_unit
+from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    ``losses`` has each worker's mean loss (nats per token) on its slice, ``grad_norm`` is the
+    global norm before clipping, ``is_skipped`` says that it was not finite.
+    """
+
+    losses: tuple[float, ...]
+    grad_norm: float
+    is_skipped: bool
+
+
+class Simulation:
+    """One whole model that n workers train in turn, each through its own mask.
+
+    :param optimizer: makes a torch optimizer from parameter groups (with and without decay).
+    :param dtype: of the weights; masters and gradients are fp32.
+    :param max_norm: clip the global gradient norm to this (0: never).
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        *,
+        masking: str = "forward",
+        seed: int = 0,
+        max_norm: float = 0.0,
+        decay_all: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        self.plan = plan
+        self.masking = masking
+        self.max_norm = max_norm
+        self.model = empty_model(config, attn_implementation)
+        self.model.config.use_cache = False
+        self.layout = model_layout(self.model)
+        self.masters: dict[str, nn.Parameter] = {}
+        for unit in self.layout.units:
+            values = initialize_unit(self.model, unit.parameters, self.layout.aliases, seed)
+            self.masters |= {name: nn.Parameter(v.to(device)) for name, v in values.items()}
+        weights = {name: master.detach().to(dtype) for name, master in self.masters.items()}
+        bind(self.model, weights, self.layout.aliases)
+        self.model.to(device)
+        # Kept apart from the model, whose skipped blocks are out of its reach for a while.
+        self._weights = {name: self.model.get_parameter(name) for name in weights}
+        self._path, _ = find_blocks(self.model)
+        decayed = [m for m in self.masters.values() if decay_all or m.dim() > 1]
+        others = [m for m in self.masters.values() if not decay_all and m.dim() <= 1]
+        self.optimizer = optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+
+    @contextmanager
+    def worker(self, rank: int) -> Iterator[None]:
+        """Within, ``self.model`` is the subnetwork of ``rank``."""
+        blocks = self.model.get_submodule(self._path)
+        assert isinstance(blocks, nn.ModuleList)
+        owned = self.plan.owned_blocks(rank)
+        if self.masking == "backward":
+            freeze_blocks(blocks, owned)
+            yield
+            blocks.requires_grad_(True)
+        else:
+            removed = skip_blocks(blocks, owned)
+            yield
+            for b, block in removed.items():
+                blocks[b] = block
+
+    def accumulate(self, batch: Tensor, micro_batch: int | None = None) -> list[float]:
+        """Forward and backward of every worker; the averaged gradients are in the masters.
+
+        :param batch: token ids ``[global batch, sequence + 1]``; worker r takes the r-th
+            contiguous slice.
+        :param micro_batch: how many samples go through the model at once (default: the slice).
+        :returns: each worker's mean loss in nats per token.
+        """
+        total = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        losses = []
+        for rank, samples in enumerate(batch.chunk(self.plan.world_size)):
+            targets = target_count(samples)
+            losses.append(0.0)
+            with self.worker(rank):
+                for part in samples.split(micro_batch or len(samples)):
+                    loss = summed_loss(self.model, part) / targets
+                    loss.backward()
+                    losses[rank] += loss.item()
+                    self._collect(total)
+        for unit in self.layout.units:
+            owners = self.plan.world_size
+            if unit.block is not None:
+                owners = len(self.plan.owner_sets[unit.block])
+            for spec in unit.parameters:
+                self.masters[spec.name].grad = total[spec.name] / owners
+        return losses
+
+    def step(self, batch: Tensor, micro_batch: int | None = None) -> StepResult:
+        """One optimizer step on a global batch; parameters as in :meth:`accumulate`."""
+        losses = self.accumulate(batch, micro_batch)
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+        if not math.isfinite(norm):
+            return StepResult(tuple(losses), norm, True)
+        if self.max_norm > 0 and norm > self.max_norm:
+            for gradient in gradients:
+                gradient *= self.max_norm / (norm + 1e-6)
+        self.optimizer.step()
+        self._copy_masters()
+        return StepResult(tuple(losses), norm, False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Tensor]) -> float:
+        """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors."""
+        total, targets = 0.0, 0
+        for batch in batches:
+            total += summed_loss(self.model, batch).item()
+            targets += target_count(batch)
+        return total / targets
+
+    def _collect(self, total: dict[str, Tensor]) -> None:
+        for name, parameter in self._weights.items():
+            if parameter.grad is not None:
+                total[name] += parameter.grad
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, master in self.masters.items():
+            self._weights[name].copy_(master)

@@ -1,0 +1,116 @@
+"""What one rank's model is: its structure first, its values unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sdp_llm.plan import Plan
+from sdp_llm.subnetwork.adapter import (
+    ModelLayout,
+    UnitLayout,
+    empty_model,
+    find_blocks,
+    model_layout,
+    unsplit,
+)
+from sdp_llm.subnetwork.init import bind, initialize_unit
+from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """One rank's model before it has values.
+
+    ``model`` holds what this rank runs, on the meta device. ``absent`` holds the blocks it skips,
+    by global index, also on the meta device: structure only, for whole-model evaluation.
+    ``given`` holds the values of a model that the caller had built, by global name, until
+    :func:`initial_values` hands them over.
+    ``config`` is the model's config as the caller gave it, for the export.
+    """
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    layout: ModelLayout
+    plan: Plan
+    rank: int
+    masking: str
+    absent: dict[int, nn.Module]
+    given: dict[str, Tensor] | None
+
+    def owners(self, unit: UnitLayout) -> tuple[int, ...]:
+        """The ranks that train ``unit``, ascending."""
+        if unit.block is None:
+            return tuple(range(self.plan.world_size))
+        return self.plan.owner_sets[unit.block]
+
+    def holds(self, unit: UnitLayout) -> bool:
+        """Whether this rank stores the weights of ``unit``: it owns it, or runs it frozen."""
+        return self.masking == "backward" or self.rank in self.owners(unit)
+
+
+def build_subnetwork(
+    source: PretrainedConfig | PreTrainedModel,
+    plan: Plan,
+    rank: int,
+    *,
+    masking: str = "forward",
+    max_unit_numel: int | None = None,
+    attn_implementation: str = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> Subnetwork:
+    """The structure of ``rank``'s subnetwork of the model that ``source`` describes.
+
+    :param source: a config, from which nothing but the structure is built, or a model whose
+        values are kept in :attr:`Subnetwork.given` and whose modules are taken over.
+    :param max_unit_numel: units with more elements are split (``reduce_bucket_size``).
+    :raises ConfigError: when the model has no single list of blocks, or another depth than the
+        plan.
+    """
+    given = None
+    if isinstance(source, PreTrainedModel):
+        model = source
+        layout = model_layout(model, max_unit_numel)
+        given = {spec.name: model.get_parameter(spec.name).data for spec in layout.parameters}
+        bind(model, {name: value.to("meta") for name, value in given.items()}, layout.aliases)
+    else:
+        model = empty_model(source, attn_implementation)
+        layout = model_layout(model, max_unit_numel)
+    config = type(model.config).from_dict(model.config.to_dict())
+    # The key-value cache of generation would be filled, and kept, in every training forward.
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    owned = set(plan.owned_blocks(rank))
+    _, blocks = find_blocks(model)
+    absent: dict[int, nn.Module] = {}
+    if masking == "forward":
+        absent = skip_blocks(blocks, owned)
+    else:
+        freeze_blocks(blocks, owned)
+    return Subnetwork(model, config, layout, plan, rank, masking, absent, given)
+
+
+def initial_values(
+    subnetwork: Subnetwork, seed: int
+) -> Iterator[tuple[tuple[UnitLayout, ...], dict[str, Tensor]]]:
+    """The fp32 CPU values of what this rank holds, one unit at a time in forward order.
+
+    The caller must copy what it keeps and :func:`~sdp_llm.subnetwork.init.bind` it before it asks
+    for the next: so no more than one unit exists twice.
+
+    :returns: the pieces of a unit (one, unless it was split) and its values by global name.
+    """
+    model, aliases = subnetwork.model, subnetwork.layout.aliases
+    for pieces in unsplit(subnetwork.layout):
+        if not subnetwork.holds(pieces[0]):
+            continue
+        specs = [spec for unit in pieces for spec in unit.parameters]
+        if subnetwork.given is not None:
+            yield pieces, {s.name: subnetwork.given.pop(s.name).float().cpu() for s in specs}
+            continue
+        yield pieces, initialize_unit(model, specs, aliases, seed)

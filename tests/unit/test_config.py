@@ -1,0 +1,259 @@
+"""The run config: what it accepts, what becomes of it, and the configs in the repository."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdp_llm.config import (
+    RunConfig,
+    SDPConfig,
+    deepspeed_dict,
+    describe_keys,
+    keys_without_effect,
+    load_config,
+    markdown_table,
+    parse_config,
+    require_sections,
+    resolve_batch,
+    to_dict,
+)
+from sdp_llm.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+BASE: Mapping[str, Any] = {
+    "train_batch_size": 32,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 10},
+    },
+    "sdp": {"coverage": "1/2"},
+    "model": {"config": "model.json"},
+    "data": {"train": "data/train", "sequence_length": 128},
+    "training": {"steps": 10, "run_dir": "runs/test"},
+}
+
+
+def changed(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """BASE with values put at dotted paths."""
+    tree = copy.deepcopy(dict(BASE))
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def test_defaults() -> None:
+    config = parse_config({})
+    assert config == RunConfig()
+    assert config.sdp == SDPConfig(coverage=Fraction(1, 2))
+    assert (config.model, config.data, config.training, config.optimizer) == (None,) * 4
+    assert config.zero_optimization.stage == 0
+    assert config.zero_optimization.overlap_comm
+    assert config.gradient_clipping == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "coverage"),
+    [
+        (0.5, Fraction(1, 2)),
+        (1, Fraction(1)),
+        ("1/3", Fraction(1, 3)),
+        ("0.25", Fraction(1, 4)),
+        (0.333, Fraction(333, 1000)),
+        ("2/6", Fraction(1, 3)),
+    ],
+)
+def test_coverage(value: Any, coverage: Fraction) -> None:
+    assert parse_config({"sdp": {"coverage": value}}).sdp.coverage == coverage
+
+
+def test_other_ways_to_give_owners_leave_coverage_open() -> None:
+    assert parse_config({"sdp": {"owners_per_block": 2}}).sdp.coverage is None
+    sdp = parse_config({"sdp": {"owner_sets": [[1, 0], [1]]}}).sdp
+    assert (sdp.coverage, sdp.owner_sets) == (None, ((0, 1), (1,)))
+
+
+def test_values_are_normalised() -> None:
+    config = parse_config(
+        {
+            "train_batch_size": "auto",
+            "optimizer": {"type": "rmsPROP", "params": {"lr": 1, "foreach": None}},
+            "zero_optimization": {"reduce_bucket_size": 5e8, "reduce_scatter": False},
+            "communication_data_type": "bfp16",
+            "scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": 5}},
+        }
+    )
+    assert config.train_batch_size is None
+    assert config.optimizer is not None
+    assert (config.optimizer.type, config.optimizer.params) == ("RMSprop", {"lr": 1})
+    assert type(config.zero_optimization.reduce_bucket_size) is int
+    assert config.communication_data_type == "bfloat16"
+    assert keys_without_effect(config) == ["zero_optimization.reduce_scatter"]
+    assert keys_without_effect(parse_config(BASE)) == []
+
+
+ROUND_TRIPS: list[dict[str, Any]] = [
+    {},
+    {"sdp": {"owner_sets": [[0, 1], [1], [0, 1]], "masking": "backward"}},
+    {"sdp": {"owners_per_block": 3}, "communication_data_type": "fp32"},
+    {"sdp.coverage": 0.333, "zero_optimization.round_robin_gradients": True, "bf16.enabled": True},
+    {"tensorboard": {"enabled": True}, "wandb": {"team": "t"}, "csv_monitor.output_path": ""},
+    {"scheduler": {"type": "StepLR", "params": {"step_size": 3}}, "train_batch_size": "auto"},
+]
+
+
+@pytest.mark.parametrize("changes", ROUND_TRIPS, ids=str)
+def test_round_trip(changes: dict[str, Any]) -> None:
+    config = parse_config(changed(changes))
+    assert parse_config(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_overrides() -> None:
+    config = parse_config(
+        BASE,
+        [
+            "training.steps=null",
+            "training.tokens=1e6",
+            "training.run_dir=123",
+            "sdp.coverage=1/4",
+            "zero_optimization.stage=2",
+            "optimizer.params.betas=[0.8, 0.9]",
+            "optimizer.params.eps=1e-6",
+            "scheduler=null",
+            "bf16.enabled=true",
+            "tensorboard.enabled=null",
+            "data.tokenizer=a=b",
+        ],
+    )
+    assert config.training is not None
+    assert (config.training.steps, config.training.tokens) == (None, 10**6)
+    assert config.training.run_dir == "123"
+    assert config.sdp.coverage == Fraction(1, 4)
+    assert config.zero_optimization.stage == 2
+    assert config.optimizer is not None
+    assert config.optimizer.params == {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6}
+    assert (config.scheduler, config.tensorboard) == (None, None)
+    assert config.bf16.enabled
+    assert config.data is not None
+    assert config.data.tokenizer == "a=b"
+    assert parse_config(BASE).training != config.training, "overrides must not change the input"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((32, None, None), (32, 8, 1)),
+        ((32, 4, None), (32, 4, 2)),
+        ((32, None, 2), (32, 4, 2)),
+        ((None, 4, None), (16, 4, 1)),
+        ((None, 4, 3), (48, 4, 3)),
+        ((32, 4, 2), (32, 4, 2)),
+    ],
+)
+def test_batch_sizes(given: tuple[int | None, ...], expected: tuple[int, ...]) -> None:
+    sizes = resolve_batch(_with_batch(given), 4)
+    assert (sizes.global_batch, sizes.micro_batch, sizes.accumulation) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((None, None, None), ["train_batch_size", "give at least one"]),
+        ((None, None, 2), ["give at least one"]),
+        ((33, None, None), ["train_batch_size = 33", "world size 4", "such as 32 or 36"]),
+        ((32, 3, None), ["per_gpu 3 x", "multiple of 12, such as 24 or 36"]),
+        ((2, 4, None), ["train_batch_size = 2", "such as 16"]),
+        ((32, 4, 3), ["per_gpu 4 x gradient_accumulation_steps 3 x world size 4", "= 48"]),
+    ],
+)
+def test_contradictory_batch_sizes(given: tuple[int | None, ...], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_batch(_with_batch(given), 4)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def _with_batch(sizes: tuple[int | None, ...]) -> RunConfig:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return parse_config(dict(zip(names, sizes, strict=True)))
+
+
+def test_deepspeed_gets_no_key_of_ours() -> None:
+    config = parse_config(changed({"zero_optimization.stage": 2, "gradient_clipping": 1.0}))
+    result = deepspeed_dict(config, 4, 200)
+    assert not {"sdp", "model", "data", "training", "steps_per_print"} & result.keys()
+    assert result["zero_optimization"] == {"stage": 0}
+    assert result["gradient_clipping"] == 0.0
+    assert result["scheduler"]["params"]["total_num_steps"] == 200
+    assert result["optimizer"]["params"]["torch_adam"] is True
+    assert (result["train_batch_size"], result["train_micro_batch_size_per_gpu"]) == (32, 8)
+    with pytest.raises(ConfigError, match="total_num_steps"):
+        deepspeed_dict(config, 4, None)
+
+
+def test_require_sections() -> None:
+    require_sections(parse_config(BASE), "model", "data", "training", "optimizer")
+    with pytest.raises(ConfigError, match="model and optimizer: missing"):
+        require_sections(parse_config({}), "model", "optimizer")
+
+
+def test_table_of_keys_covers_the_schema() -> None:
+    rows = {path: rest for path, *rest in describe_keys()}
+    assert rows["sdp.coverage"][1] == "1/2"
+    assert rows["training.run_dir"][1] == "required"
+    assert all(text for *_, text in rows.values())
+    for line in markdown_table().splitlines():
+        assert line.count("|") == 5
+
+
+def test_imports_no_framework() -> None:
+    code = (
+        "import sys, sdp_llm.config;"
+        "print(sorted({'torch', 'deepspeed', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    require_sections(config, "model", "data", "training", "optimizer")
+    assert parse_config(to_dict(config)) == config
+    for world_size in (4, 8):
+        deepspeed_dict(config, world_size, 100)
+    assert config.model is not None
+    model = json.loads((CONFIGS.parent / config.model.config).read_text())
+    assert config.data is not None
+    assert config.data.sequence_length <= model["max_position_embeddings"]
+    assert config.training is not None
+    assert config.training.run_dir == f"runs/{path.stem}"
+
+
+def test_shipped_configs_are_there() -> None:
+    twins = [f"llama_{size}_{kind}" for size in ("134m", "1b") for kind in ("sdp", "dense")]
+    assert {path.stem for path in CONFIGS.glob("*.json")} >= {"demo", *twins}
+
+
+@pytest.mark.parametrize("size", ["134m", "1b"])
+def test_twins_differ_in_coverage_and_run_folder_only(size: str) -> None:
+    sdp, dense = (
+        json.loads((CONFIGS / f"llama_{size}_{kind}.json").read_text()) for kind in ("sdp", "dense")
+    )
+    assert (sdp["sdp"].pop("coverage"), dense["sdp"].pop("coverage")) == ("1/2", 1)
+    assert sdp["training"].pop("run_dir") != dense["training"].pop("run_dir")
+    assert sdp == dense

@@ -1,0 +1,175 @@
+"""Every kind of wrong config once, with the words that its error must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdp_llm.config import load_config, parse_config
+from sdp_llm.errors import ConfigError
+from tests.unit.test_config import BASE, changed
+
+
+def message_of(mapping: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(mapping, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    # unknown keys
+    ({"sdp.coverge": 0.5}, ["sdp.coverge: unknown key", "did you mean sdp.coverage?"]),
+    ({"grandient_accumulation_steps": 2}, ["did you mean gradient_accumulation_steps?"]),
+    ({"coverage": 0.5}, ["coverage: unknown key", "did you mean sdp.coverage?"]),
+    ({"training.Steps": 3}, ["did you mean training.steps?"]),
+    ({"training.optimizer": {}}, ["training.optimizer: unknown key", "did you mean optimizer?"]),
+    ({"training.qqq": 3}, ["training.qqq: unknown key; known keys here are run_dir, steps"]),
+    ({"tensorboard.output_pth": "x"}, ["did you mean tensorboard.output_path?"]),
+    ({"optimizer.params.weight_decy": 0.1}, ["did you mean optimizer.params.weight_decay?"]),
+    ({"scheduler.params.warmup_steps": 3}, ["scheduler.params.warmup_steps: unknown key"]),
+    # valid in DeepSpeed, not here
+    ({"zero_optimization.stage": 3}, ["zero_optimization.stage = 3", "valid in DeepSpeed", "2"]),
+    ({"fp16": {"enabled": True}}, ["fp16: valid in DeepSpeed", "not supported", "use bf16"]),
+    ({"activation_checkpointing": {}}, ["use model.gradient_checkpointing"]),
+    ({"zero_optimization.offload_optimizer": {}}, ["offload_optimizer: valid in DeepSpeed"]),
+    ({"zero_optimization.zero_hpz_partition_size": 2}, ["not supported together with SDP"]),
+    ({"zero_optimization.prefetch_bucket_size": 2}, ["not supported together with SDP"]),
+    ({"bf16.check_grad_overflow": True}, ["bf16.check_grad_overflow: valid in DeepSpeed"]),
+    ({"amp": {}}, ["amp: removed from DeepSpeed", "use bf16"]),
+    ({"communication_data_type": "fp16"}, ["communication_data_type", "not supported", "bf16"]),
+    ({"optimizer.params.max_grad_norm": 1.0}, ["use gradient_clipping"]),
+    # types and ranges
+    ({"train_batch_size": True}, ["train_batch_size = true: expected a positive integer"]),
+    ({"train_batch_size": 0}, ["train_batch_size = 0: expected a positive integer"]),
+    ({"training.steps": "10"}, ['training.steps = "10": expected a positive integer']),
+    ({"training.steps": 1.5}, ["training.steps = 1.5"]),
+    ({"training.eval_interval": -1}, ["training.eval_interval = -1: expected an integer ≥ 0"]),
+    ({"gradient_clipping": -1}, ["gradient_clipping = -1: expected a number ≥ 0"]),
+    ({"gradient_clipping": float("inf")}, ["gradient_clipping = Infinity"]),
+    ({"wall_clock_breakdown": 1}, ["wall_clock_breakdown = 1: expected true or false"]),
+    ({"model.config": 3}, ["model.config = 3: expected a string"]),
+    ({"model.config": ""}, ["model.config", "not empty"]),
+    ({"wandb.project": "", "tensorboard.job_name": 3}, ["tensorboard.job_name = 3"]),
+    ({"data": []}, ["data = []: expected an object {...}"]),
+    ({"optimizer.params": 3}, ["optimizer.params = 3: expected an object {...}"]),
+    ({"zero_optimization.stage": True}, ["zero_optimization.stage = true: expected 0, 1 or 2"]),
+    ({"zero_optimization.stage": 4}, ["zero_optimization.stage = 4: expected 0, 1 or 2"]),
+    ({"communication_data_type": "int8"}, ['expected "fp32" or "bf16"']),
+    ({"sdp.masking": "forwards"}, ['sdp.masking = "forwards"', 'did you mean "forward"?']),
+    ({"sdp.strategy": 1}, ["sdp.strategy = 1: expected"]),
+    ({"sdp.coverage": 0}, ["sdp.coverage = 0: expected a number > 0"]),
+    ({"sdp.coverage": 1e-9}, ["sdp.coverage = 1e-09"]),
+    ({"sdp.coverage": "3/2"}, ['sdp.coverage = "3/2"']),
+    ({"sdp.coverage": "1/0"}, ['sdp.coverage = "1/0"']),
+    ({"sdp.coverage": "half"}, ['sdp.coverage = "half"']),
+    ({"sdp.coverage": True}, ["sdp.coverage = true"]),
+    ({"sdp.owners_per_block": 2}, ["sdp.coverage and sdp.owners_per_block", "at most one"]),
+    ({"sdp.owner_sets": []}, ["sdp.owner_sets = []"]),
+    ({"sdp.owner_sets": [[0], []]}, ["sdp.owner_sets[1] = []"]),
+    ({"sdp.owner_sets": [[0], [-1]]}, ["sdp.owner_sets[1][0] = -1"]),
+    ({"sdp.owner_sets": [[0, 0]]}, ["sdp.owner_sets[0]", "named twice"]),
+    ({"training.tokens": 5}, ["training.steps and training.tokens", "exactly one", "null"]),
+    ({"training.steps": None}, ["training: exactly one of steps, tokens, flops_of_dense_steps"]),
+    ({"training.run_dir": None}, ["training.run_dir: missing"]),
+    ({"data.sequence_length": None}, ["data.sequence_length: missing"]),
+    # auto
+    ({"gradient_clipping": "auto"}, ['gradient_clipping = "auto"', "can be auto"]),
+    ({"optimizer.params.lr": "auto"}, ['optimizer.params.lr = "auto"', "can be auto"]),
+    ({"scheduler.params.warmup_num_steps": "auto"}, ["warmup_num_steps", "can be auto"]),
+    ({"bf16.enabled": "auto"}, ["bf16.enabled", "can be auto"]),
+    (
+        {"scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": "auto"}}},
+        ["scheduler.params.T_max", "can be auto"],
+    ),
+    # optimizer and scheduler
+    ({"optimizer.type": "Lamb"}, ["only element-wise optimizers work on shards"]),
+    ({"optimizer.type": "onebitadam"}, ["only element-wise optimizers work on shards"]),
+    ({"optimizer.type": "RAdam"}, ["not supported together with SDP"]),
+    ({"optimizer.type": "AdmaW"}, ["unknown optimizer", 'did you mean "AdamW"?']),
+    ({"optimizer.type": 3}, ["optimizer.type = 3", "use one of Adam"]),
+    ({"optimizer.type": None}, ["optimizer.type: missing"]),
+    ({"optimizer.params.lr": 0}, ["optimizer.params.lr = 0: expected a number > 0"]),
+    ({"optimizer.params.betas": [0.9]}, ["optimizer.params.betas = [0.9]: expected a pair"]),
+    ({"optimizer.params.betas": [0.9, 1]}, ["optimizer.params.betas = [0.9, 1]"]),
+    ({"optimizer.params.momentum": 0.9}, ["optimizer.params.momentum: unknown key"]),
+    ({"scheduler.type": "WarmupCosinLR"}, ['did you mean "WarmupCosineLR"?']),
+    ({"scheduler.type": "LambdaLR"}, ["cannot be built from numbers in a file"]),
+    ({"scheduler.type": ["x"]}, ["scheduler.type", "unknown scheduler; use one of"]),
+    ({"scheduler.params.total_num_steps": None}, ["total_num_steps: missing", '"auto"']),
+    ({"scheduler": {"type": "OneCycle"}}, ["scheduler.params.cycle_min_lr: missing"]),
+    ({"scheduler.params.warmup_type": "cosine"}, ['expected "log" or "linear"']),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda value: str(value)[:50])
+def test_wrong_values_name_key_value_and_fix(changes: dict[str, Any], words: list[str]) -> None:
+    message = message_of(changed(changes))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainin.steps=5", ["trainin: unknown key", "did you mean training?"]),
+        ("training.stesp=null", ["training.stesp", "did you mean training.steps?"]),
+        ("optimizer.params.lrr=null", ["optimizer.params.lrr: unknown key", "lr?"]),
+        ("optimizer.params.lrr=1", ["optimizer.params.lrr: unknown key", "lr?"]),
+        ("fp16.enabled=true", ["fp16: valid in DeepSpeed"]),
+        ("train_batch_size.x=1", ["train_batch_size.x", "has no keys below it"]),
+        ("training.steps", ["--set training.steps", "expected KEY=VALUE"]),
+        ("=3", ["expected KEY=VALUE"]),
+        ("training.steps=NaN", ['training.steps = "NaN"']),
+        ("training=5", ["training = 5: expected an object"]),
+        ("training.steps=ten", ['training.steps = "ten": expected a positive integer']),
+    ],
+)
+def test_wrong_overrides(override: str, words: list[str]) -> None:
+    message = message_of(BASE, (override,))
+    for word in words:
+        assert word in message
+
+
+def test_override_below_a_value_that_is_no_object() -> None:
+    assert "sdp = 3: expected an object" in message_of({"sdp": 3}, ("sdp.coverage=1",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"sdp": {"coverage": 0.5,}}', ["line 1, column"]),
+        ('{\n "sdp": }', ["line 2, column 9"]),
+        ('{"seed": 1, "seed": 2}', ["seed", "given twice"]),
+        ('{"gradient_clipping": NaN}', ["NaN", "not a JSON number"]),
+        ('{"gradient_clipping": -Infinity}', ["-Infinity"]),
+        ('{"gradient_clipping": 1e999}', ["gradient_clipping"]),
+        ("[1]", ["top level must be a JSON object"]),
+        ("", ["line 1, column 1"]),
+        ("[" * 100_000, ["not valid JSON"]),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_files(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        load_config(tmp_path)
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(binary)
