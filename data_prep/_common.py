@@ -22,24 +22,21 @@ _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "par
 _COMPRESSED = (".gz", ".zst")
 
 
-def run_script(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+def run_script(
+    script: str, run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
+) -> int:
     """Call ``run`` and turn what a person can cause into one line on stderr and a status.
 
     Returns:
         0, 2 for wrong input, 1 for a failing disk or network, 130 when interrupted.
     """
     # On a terminal the message replaces the progress line that it interrupts.
-    name = ("\r\x1b[2K" if sys.stderr.isatty() else "") + run.__module__.rpartition(".")[2]
-    if run.__module__ == "__main__":
-        name = name.replace("__main__", Path(sys.argv[0]).stem)
+    name = "\r\x1b[2K" + script if sys.stderr.isatty() else script
     try:
         run(arguments)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted, no output written", file=sys.stderr)
         return 130

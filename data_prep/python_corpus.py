@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_megabytes", type=float, default=6.0, help="UTF-8 text to collect (default 6)"
     )
-    return run_script(write_corpus, parser.parse_args(argv))
+    return run_script("python_corpus", write_corpus, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--validation_fraction", type=float, default=0.005, help="of the documents (0.005)")
     add("--max_documents", type=int, help="stop after this many documents of the source")
     add("--text_column", default="text", help="column of the text (default text)")
-    return run_script(tokenize, parser.parse_args(argv))
+    return run_script("tokenize_fineweb", tokenize, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         "--sample_megabytes", type=float, default=50.0, help="UTF-8 text to train on (default 50)"
     )
     parser.add_argument("--text_column", default="text", help="column of the text (default text)")
-    return run_script(build, parser.parse_args(argv))
+    return run_script("train_tokenizer", build, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

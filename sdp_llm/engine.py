@@ -118,7 +118,7 @@ class SDPEngine(DeepSpeedEngine):
         total_num_steps: int | None,
     ) -> None:
         self.run = run
-        timeout = timedelta(minutes=run.training_or_default.timeout_minutes)
+        timeout = timedelta(minutes=run.training.timeout_minutes)
         init_distributed(timeout)
         generated = deepspeed_dict(run, dist.get_world_size(), total_num_steps)
         if optimizer is None and run.optimizer is None:
@@ -156,7 +156,7 @@ class SDPEngine(DeepSpeedEngine):
         """Nothing: owners start equal, and ranks have different parameters."""
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
-        groups = parameter_groups(self.sharded.owned, self.run.training_or_default.decay_all)
+        groups = parameter_groups(self.sharded.owned, self.run.training.decay_all)
         if client_optimizer is None:
             self.basic_optimizer = self._configure_basic_optimizer(groups)
         else:
@@ -364,7 +364,7 @@ def _shard(source: Source, run: RunConfig, timeout: timedelta) -> ShardedModel:
     )
     return materialize(
         subnetwork,
-        seed=run.training_or_default.seed,
+        seed=run.training.seed,
         stage=zero.stage,
         dtype=dtype,
         communication_dtype=DTYPES[travelling] if travelling else dtype,

@@ -5,7 +5,13 @@ Imports neither torch nor deepspeed nor transformers, so that a wrong file fails
 
 from sdp_llm.config.batch import BatchSizes, resolve_batch
 from sdp_llm.config.describe import describe_keys, markdown_table
-from sdp_llm.config.emit import deepspeed_dict, keys_without_effect, require_sections, to_dict
+from sdp_llm.config.emit import (
+    deepspeed_dict,
+    keys_without_effect,
+    require_pretraining,
+    require_sections,
+    to_dict,
+)
 from sdp_llm.config.parse import load_config, parse_config
 from sdp_llm.config.schema import (
     BF16Config,
@@ -40,6 +46,7 @@ __all__ = [
     "load_config",
     "markdown_table",
     "parse_config",
+    "require_pretraining",
     "require_sections",
     "resolve_batch",
     "to_dict",

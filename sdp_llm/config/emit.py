@@ -8,7 +8,7 @@ from typing import Any
 from sdp_llm.config.batch import resolve_batch
 from sdp_llm.config.kinds import AUTO, dump_communication_dtype
 from sdp_llm.config.parse import walk_keys
-from sdp_llm.config.schema import OptimizerConfig, RunConfig, SchedulerConfig
+from sdp_llm.config.schema import BUDGETS, OptimizerConfig, RunConfig, SchedulerConfig
 from sdp_llm.errors import ConfigError
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb")
@@ -69,6 +69,22 @@ def require_sections(config: RunConfig, *names: str) -> None:
             f"{' and '.join(missing)}: missing in the config file, but needed here; "
             "add them as in configs/demo.json"
         )
+
+
+def require_pretraining(config: RunConfig) -> None:
+    """Check that the config says all that a pretraining run needs.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    require_sections(config, "model", "data", "optimizer")
+    if not config.training.budgets():
+        raise ConfigError(
+            f"training: exactly one of {', '.join(BUDGETS)} must be given; "
+            "add for example training.steps = 1000"
+        )
+    if config.training.run_dir is None:
+        raise ConfigError("training.run_dir: missing; name a folder such as runs/NAME")
 
 
 def keys_without_effect(config: RunConfig) -> list[str]:

@@ -33,6 +33,7 @@ from sdp_llm.config.kinds import (
 from sdp_llm.errors import ConfigError
 
 DEFAULT_COVERAGE = Fraction(1, 2)
+BUDGETS = ("steps", "tokens", "flops_of_dense_steps")
 
 
 def key(kind: Kind, help: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -122,9 +123,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The budget, and what happens beside the optimizer steps."""
+    """The budget, and what happens beside the optimizer steps.
 
-    run_dir: str = key(STRING, "folder for logs, checkpoints and the export")
+    All optional here, because a user's own loop needs no budget; see `require_pretraining`.
+    """
+
+    run_dir: str | None = key(STRING, "folder for logs, checkpoints and the export", None)
     steps: int | None = key(POSITIVE, "budget in optimizer steps", None)
     tokens: int | None = key(POSITIVE, "budget in tokens", None)
     flops_of_dense_steps: int | None = key(
@@ -147,13 +151,16 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        budgets = ("steps", "tokens", "flops_of_dense_steps")
-        given = [f"training.{name}" for name in budgets if getattr(self, name) is not None]
-        rule = f"exactly one of {', '.join(budgets)} must be given"
-        if not given:
-            raise ConfigError(f"training: {rule}; add for example training.steps = 1000")
+        given = self.budgets()
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)}: {rule}; set the others to null")
+            raise ConfigError(
+                f"{' and '.join(f'training.{name}' for name in given)}: exactly one of "
+                f"{', '.join(BUDGETS)} must be given; set the others to null"
+            )
+
+    def budgets(self) -> list[str]:
+        """The names of the budget keys that are given."""
+        return [name for name in BUDGETS if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -249,8 +256,8 @@ class RunConfig:
     optimizer: OptimizerConfig | None = section(OptimizerConfig, optional=True)
     scheduler: SchedulerConfig | None = section(SchedulerConfig, optional=True)
     bf16: BF16Config = section(BF16Config, optional=False)
-    # Nothing is clipped unasked. DeepSpeed 0.19.8 would clip at 1.0 when the key is absent.
-    gradient_clipping: float = key(number(0), "largest norm of the gradient; 0: no clipping", 0.0)
+    # The default is DeepSpeed's.
+    gradient_clipping: float = key(number(0), "largest norm of the gradient; 0: no clipping", 1.0)
     zero_optimization: ZeroConfig = section(ZeroConfig, optional=False)
     communication_data_type: str | None = key(
         COMMUNICATION_DTYPE, "dtype in which gradients travel", None, shown="that of the weights"
@@ -263,4 +270,4 @@ class RunConfig:
     sdp: SDPConfig = section(SDPConfig, optional=False)
     model: ModelConfig | None = section(ModelConfig, optional=True)
     data: DataConfig | None = section(DataConfig, optional=True)
-    training: TrainingConfig | None = section(TrainingConfig, optional=True)
+    training: TrainingConfig = section(TrainingConfig, optional=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdp_llm.plan.analysis import PlanAnalysis, analyze
-from sdp_llm.plan.assignment import Plan, make_plan
+from sdp_llm.plan.assignment import Plan, make_plan, plan_from_config
 from sdp_llm.plan.render import render_ownership
 
-__all__ = ["Plan", "PlanAnalysis", "analyze", "make_plan", "render_ownership"]
+__all__ = ["Plan", "PlanAnalysis", "analyze", "make_plan", "plan_from_config", "render_ownership"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sdp_llm.config import SDPConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.strategies import balanced_sets, cyclic_sets, random_sets
 
@@ -242,3 +243,18 @@ def _explicit(
         )
     sets = tuple(tuple(sorted(owners)) for owners in owner_sets)
     return sets, tuple(block for block, owners in enumerate(sets) if len(owners) == world_size)
+
+
+def plan_from_config(sdp: SDPConfig, world_size: int, num_blocks: int) -> Plan:
+    """The plan that the ``sdp`` section of a run config describes; raises like make_plan."""
+    return make_plan(
+        world_size,
+        num_blocks,
+        coverage=sdp.coverage,
+        owners_per_block=sdp.owners_per_block,
+        strategy=sdp.strategy,
+        seed=sdp.seed,
+        pinned_first=sdp.pinned_first,
+        pinned_last=sdp.pinned_last,
+        owner_sets=sdp.owner_sets,
+    )

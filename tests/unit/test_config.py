@@ -22,6 +22,7 @@ from sdp_llm.config import (
     load_config,
     markdown_table,
     parse_config,
+    require_pretraining,
     require_sections,
     resolve_batch,
     to_dict,
@@ -60,10 +61,10 @@ def test_defaults() -> None:
     config = parse_config({})
     assert config == RunConfig()
     assert config.sdp == SDPConfig(coverage=Fraction(1, 2))
-    assert (config.model, config.data, config.training, config.optimizer) == (None,) * 4
+    assert (config.model, config.data, config.optimizer) == (None,) * 3
     assert config.zero_optimization.stage == 0
     assert config.zero_optimization.overlap_comm
-    assert config.gradient_clipping == 0.0
+    assert config.gradient_clipping == 1.0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,6 @@ def test_overrides() -> None:
             "data.tokenizer=a=b",
         ],
     )
-    assert config.training is not None
     assert (config.training.steps, config.training.tokens) == (None, 10**6)
     assert config.training.run_dir == "123"
     assert config.sdp.coverage == Fraction(1, 4)
@@ -206,15 +206,19 @@ def test_deepspeed_gets_no_key_of_ours() -> None:
 
 
 def test_require_sections() -> None:
-    require_sections(parse_config(BASE), "model", "data", "training", "optimizer")
+    require_pretraining(parse_config(BASE))
     with pytest.raises(ConfigError, match="model and optimizer: missing"):
         require_sections(parse_config({}), "model", "optimizer")
+    with pytest.raises(ConfigError, match="exactly one of steps, tokens, flops_of_dense_steps"):
+        require_pretraining(parse_config(changed({"training.steps": None})))
+    with pytest.raises(ConfigError, match=r"training\.run_dir: missing"):
+        require_pretraining(parse_config(changed({"training.run_dir": None})))
 
 
 def test_table_of_keys_covers_the_schema() -> None:
     rows = {path: rest for path, *rest in describe_keys()}
     assert rows["sdp.coverage"][1] == "1/2"
-    assert rows["training.run_dir"][1] == "required"
+    assert rows["data.train"][1] == "required"
     assert all(text for *_, text in rows.values())
     for line in markdown_table().splitlines():
         assert line.count("|") == 5
@@ -232,7 +236,7 @@ def test_imports_no_framework() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
-    require_sections(config, "model", "data", "training", "optimizer")
+    require_pretraining(config)
     assert parse_config(to_dict(config)) == config
     for world_size in (4, 8):
         deepspeed_dict(config, world_size, 100)
@@ -240,7 +244,6 @@ def test_shipped_configs_load(path: Path) -> None:
     model = json.loads((CONFIGS.parent / config.model.config).read_text())
     assert config.data is not None
     assert config.data.sequence_length <= model["max_position_embeddings"]
-    assert config.training is not None
     assert config.training.run_dir == f"runs/{path.stem}"
 
 

@@ -74,8 +74,6 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"sdp.owner_sets": [[0], [-1]]}, ["sdp.owner_sets[1][0] = -1"]),
     ({"sdp.owner_sets": [[0, 0]]}, ["sdp.owner_sets[0]", "named twice"]),
     ({"training.tokens": 5}, ["training.steps and training.tokens", "exactly one", "null"]),
-    ({"training.steps": None}, ["training: exactly one of steps, tokens, flops_of_dense_steps"]),
-    ({"training.run_dir": None}, ["training.run_dir: missing"]),
     ({"data.sequence_length": None}, ["data.sequence_length: missing"]),
     # auto
     ({"gradient_clipping": "auto"}, ['gradient_clipping = "auto"', "can be auto"]),

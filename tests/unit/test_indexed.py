@@ -90,9 +90,8 @@ def test_nothing_appears_before_close_or_after_an_exception(tmp_path: Path) -> N
     assert not (tmp_path / "c.bin").exists()
     assert not (tmp_path / "c.idx").exists()
     writer.abort()
-    with pytest.raises(KeyError), IndexedDatasetWriter(tmp_path / "c", "uint16") as writer:
-        writer.add_document([1])
-        raise KeyError
+    with pytest.raises(ValueError, match="do not fit"):
+        write(tmp_path / "c", [[1], [70000]])
     assert list(tmp_path.iterdir()) == []
 
 

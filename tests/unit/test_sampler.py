@@ -49,10 +49,8 @@ def test_the_order_depends_on_seed_and_epoch_and_is_mixed() -> None:
 
 def test_the_order_is_frozen() -> None:
     # A run must resume in the same order with a later version of this code.
-    assert samples_at(1234, 0, 8, 1000).tolist() == FROZEN
-
-
-FROZEN = [679, 344, 296, 944, 155, 305, 938, 427]
+    frozen = [679, 344, 296, 944, 155, 305, 938, 427]
+    assert samples_at(1234, 0, 8, 1000).tolist() == frozen
 
 
 def test_huge_corpora_cost_nothing() -> None:
@@ -63,7 +61,7 @@ def test_huge_corpora_cost_nothing() -> None:
     assert len(set(order.tolist())) == 10
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 25])
+@pytest.mark.parametrize("batch", [1, 3, 15, 25])
 def test_any_cut_of_the_run_gives_the_same_samples(batch: int) -> None:
     whole = samples_at(5, 0, 75, 10)  # 7.5 epochs
     parts = [batch_indices(5, step, batch, 10) for step in range(75 // batch)]
