@@ -173,7 +173,7 @@ def encode_all(
         for chunk in chain(first, [rest], chunks):
             pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) >= _CHUNKS_IN_FLIGHT * workers:
-                yield pending.pop().result()
+                yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:

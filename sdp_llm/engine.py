@@ -43,6 +43,8 @@ Source = PretrainedConfig | PreTrainedModel
 
 def init_distributed(timeout: timedelta) -> None:
     """Start torch.distributed under any launcher, or for one process without one."""
+    # DeepSpeed would compile a shared-memory all-reduce, which only its inference on CPUs uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed would look for MPI otherwise.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:

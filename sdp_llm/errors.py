@@ -1,4 +1,4 @@
-"""The one error that a user's own input can cause."""
+"""The errors that end a run with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,4 +8,11 @@ class ConfigError(ValueError):
 
     The message is one line that names the key or file, its value, the rule it breaks and the fix.
     Entry points print it without a traceback and exit with status 2.
+    """
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the one-line message says why and what to change.
+
+    Entry points exit with status 3.
     """

@@ -137,15 +137,24 @@ class _Sender:
 def evaluate(sharded: ShardedModel, samples: Tensor, micro_batch: int) -> Evaluation:
     """The whole model's loss over the samples of all ranks. Collective over the world.
 
-    :param samples: this rank's token ids ``[samples, sequence + 1]``; equally many on each rank.
+    :param samples: this rank's token ids ``[samples, sequence + 1]``; ranks may have different
+        numbers of them, also none.
     :param micro_batch: samples per forward. Each forward makes every block travel once, so take
         as many as memory allows; the activations of one block and the logits exist at a time.
     """
     device = sharded.units[0].flat.device
+    rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
     total = torch.zeros(2, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(rounds, dist.ReduceOp.MAX)
     with whole_model(sharded) as model:
-        for part in samples.split(micro_batch):
-            total[0] += summed_loss(model, part.to(device)).double()
+        for i in range(int(rounds)):
+            part = samples[i * micro_batch : (i + 1) * micro_batch].to(device)
+            if len(part) == 0:
+                # Blocks travel in every rank's forward: run one that does not count.
+                summed_loss(model, samples.new_zeros(1, samples.shape[1]).to(device))
+                continue
+            total[0] += summed_loss(model, part).double()
             total[1] += target_count(part)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)

@@ -76,12 +76,16 @@ def export_pretrained(
         config.save_pretrained(partial)
         GenerationConfig.from_model_config(config).save_pretrained(partial)
         _write_index(partial, files)
-        for name in TOKENIZER_FILES if tokenizer is not None else ():
-            source = Path(tokenizer or "") / name
-            if source.is_file():
-                shutil.copyfile(source, partial / name)
+        copy_tokenizer(tokenizer, partial)
 
     write_together(Path(folder), write, finish)
+
+
+def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+    """Copy the tokenizer's files from one folder to another; nothing for None."""
+    for name in TOKENIZER_FILES if source is not None else ():
+        if (Path(source or "") / name).is_file():
+            shutil.copyfile(Path(source or "") / name, folder / name)
 
 
 def _files(sharded: ShardedModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -62,17 +62,19 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _agree(step: Callable[[], Any]) -> list[Any]:
+def agree(step: Callable[[], Any]) -> list[Any]:
     """Run ``step`` on every rank; every rank raises when it failed on one, none waits for it.
 
     :returns: what it returned on each rank.
-    :raises ConfigError: naming the rank and its error, on every rank.
+    :raises ConfigError: on every rank, when on one of them ``step`` raised it, or an OSError.
     """
     result, failure = None, None
     try:
         result = step()
-    except OSError as error:
+    except ConfigError as error:
         failure = str(error)
+    except OSError as error:
+        failure = f"cannot write: {error}; name a folder that all ranks can write to"
     if not dist.is_initialized():
         outcomes: list[Any] = [(result, failure)]
     else:
@@ -80,9 +82,7 @@ def _agree(step: Callable[[], Any]) -> list[Any]:
         dist.all_gather_object(outcomes, (result, failure))
     for rank, (_, reason) in enumerate(outcomes):
         if reason is not None:
-            raise ConfigError(
-                f"rank {rank} cannot write: {reason}; name a folder that all ranks can write to"
-            )
+            raise ConfigError(f"rank {rank}: {reason}")
     return [value for value, _ in outcomes]
 
 
@@ -118,9 +118,9 @@ def write_together(
         _sync_folder(partial)
         _move_into_place(partial, folder)
 
-    _agree(prepare)
-    files = [file for part in _agree(lambda: write(partial)) for file in part]
-    _agree(complete)
+    agree(prepare)
+    files = [file for part in agree(lambda: write(partial)) for file in part]
+    agree(complete)
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

@@ -194,34 +194,37 @@ def _activations(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> in
 def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     """The largest sum of buffers of `sharding/reducer.py` in a backward pass, in bytes.
 
-    Always: the gradient of one parameter as autograd hands it over, in `w` bytes; of the unit
-    under way, what is received (all of it on gloo, the shard on NCCL) and its fp32 sum (a shard).
+    While a unit's gradients come in, the last parameter's is still there as autograd made it, in
+    `w` bytes. Of a unit under way there are what is received (all of it on gloo, the shard on
+    NCCL), its fp32 sum (a shard), and what is sent:
 
-    - Stages 0 and 1: what is sent is the fp32 gradient itself, or a copy of it in a narrower
-      type; stage 0 gathers in a second copy.
-    - Stage 2: gradients are collected in `r` bytes in a buffer that is then sent; with overlap
-      the unit under way keeps its buffers while the next one is collected. The pieces of a split
+    - Stages 0 and 1: the fp32 gradient itself, or a copy of it in a narrower type; stage 0 gathers
+      in a second copy.
+    - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
       unit are collected together, since the first parameter of a block completes last.
+
+    With overlap the unit under way keeps its buffers while the next one comes in.
     """
     r = setup.reduction_bytes
-    gradient = setup.weight_bytes * max(unit.largest_parameter for unit in owned)
+    is_collected = setup.stage == 2
+    copies = 0 if is_collected or r == FP32_BYTES else 2 - setup.stage
 
-    def received(unit: UnitSize) -> float:
+    def launched(unit: UnitSize) -> float:
         p = len(_owners(plan, unit))
-        return unit.numel * ((r if setup.backend == "gloo" else r / p) + FP32_BYTES / p)
+        received = r if setup.backend == "gloo" else r / p
+        return unit.numel * (copies * r + received + FP32_BYTES / p)
 
-    split = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]
-    groups = [pieces for pieces in split if len(_owners(plan, pieces[0])) > 1]
-    peaks = [0.0]
-    if setup.stage < 2:
-        copies = 0 if r == FP32_BYTES else 2 - setup.stage
-        reduced = [unit for pieces in groups for unit in pieces]
-        peaks += [copies * r * unit.numel + received(unit) for unit in reduced]
-        return round(gradient + max(peaks))
-    under_way = 0.0
+    peak = under_way = 0.0
+    groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]
     for pieces in reversed(groups):
-        collected = r * sum(unit.numel for unit in pieces)
-        peaks += [collected + under_way, collected + received(pieces[-1])]
+        here = float(setup.weight_bytes * max(unit.largest_parameter for unit in pieces))
+        if len(_owners(plan, pieces[0])) == 1:  # nothing to reduce
+            peak = max(peak, here + under_way)
+            continue
+        if is_collected:
+            here += r * sum(unit.numel for unit in pieces)
+        peak = max(peak, here + under_way, here + max(launched(unit) for unit in pieces))
         if setup.overlap:
-            under_way = r * pieces[0].numel + received(pieces[0])
-    return round(gradient + max(peaks))
+            # The pieces go in descending order, one at a time.
+            under_way = launched(pieces[0]) + (r * pieces[0].numel if is_collected else 0)
+    return round(peak)

@@ -1,4 +1,4 @@
-"""What the cost of training depends on besides the plan: the model's sizes and the run's settings."""
+"""What the cost of training depends on besides the plan: the model and how it is trained."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
 
 OwnerGroups = dict[tuple[int, ...], dist.ProcessGroup | None]
@@ -30,13 +31,13 @@ def create_owner_groups(plan: Plan, timeout: timedelta) -> OwnerGroups:
 def check_agreement(what: str, fingerprint: str) -> None:
     """Compare a fingerprint between all ranks.
 
-    :raises RuntimeError: on every rank, naming the ranks that differ from rank 0.
+    :raises ConfigError: on every rank, naming the ranks that differ from rank 0.
     """
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, fingerprint)
     different = [rank for rank, value in enumerate(found) if value != found[0]]
     if different:
-        raise RuntimeError(
+        raise ConfigError(
             f"{what} on ranks {different} differs from rank 0's ({found[different[0]]} against "
             f"{found[0]}): start every rank with the same files and arguments"
         )

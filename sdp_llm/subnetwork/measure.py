@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def model_size(
         ``allgather_bucket_size``.
     :raises ConfigError: for a model whose cost depends on the data (mixture of experts).
     """
+    config = copy.deepcopy(config)  # building and running a model changes it
     attention = "eager" if attn_implementation == "eager" else "sdpa"
     model = empty_model(config, attention)
     model.config.use_cache = False
@@ -86,16 +87,9 @@ def model_size(
     heads = text.num_attention_heads
     shared_matmul, block_matmul = _matmul_numel(model, layout)
     groups = _alike(model, layout)
-    with _on_fake_tensors(model, layout, dtype):
-        try:
-            blocks, shared, recomputed = _activations(
-                model, layout, groups, (micro_batch, sequence_length + 1), gradient_checkpointing
-            )
-        except RuntimeError as error:
-            raise ConfigError(
-                f"model.config: cannot predict the activations of {type(model).__name__}: "
-                f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-            ) from error
+    _bind_fakes(model, layout, dtype)
+    tokens = torch.zeros(micro_batch, sequence_length + 1, dtype=torch.int64)
+    blocks, shared, recomputed = _activations(model, layout, groups, tokens, gradient_checkpointing)
     return ModelSize(
         units=tuple(
             UnitSize(unit.block, unit.numel, max(p.numel for p in unit.parameters))
@@ -193,21 +187,22 @@ def _alike(model: PreTrainedModel, layout: ModelLayout) -> list[list[int]]:
     return list(groups.values())
 
 
-@contextmanager
-def _on_fake_tensors(
-    model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype
-) -> Iterator[None]:
+def _bind_fakes(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype) -> None:
+    """Give the parameters a dtype and a device but no memory.
+
+    What is computed from them is fake too; positions and masks, which are computed from nothing
+    but shapes, stay real, so that the model's code sees that samples are not packed.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {spec.name: torch.empty(spec.shape, dtype=dtype) for spec in layout.parameters}
         bind(model, fakes, layout.aliases)
-        yield
 
 
 def _activations(
     model: PreTrainedModel,
     layout: ModelLayout,
     groups: list[list[int]],
-    tokens_shape: tuple[int, int],
+    tokens: Tensor,
     gradient_checkpointing: bool,
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Bytes per block, trained and frozen; of what is shared; and what is recomputed on top.
@@ -217,7 +212,6 @@ def _activations(
     """
     _, blocks = find_blocks(model)
     skip_blocks(blocks, {b for group in groups for b in group[:2]})
-    tokens = torch.zeros(tokens_shape, dtype=torch.int64)
     model.train()
     whole = saved_bytes(model, tokens)
     stored = whole

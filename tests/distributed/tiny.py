@@ -52,6 +52,11 @@ class Case:
             params["eps"] = 1e-6
         return params
 
+    @property
+    def deepspeed_params(self) -> dict[str, Any]:
+        # DeepSpeed's "Adam" decays like AdamW unless told otherwise.
+        return self.optimizer_params | ({"adam_w_mode": False} if self.optimizer == "Adam" else {})
+
 
 def llama(is_tied: bool = False, layers: int = 6) -> LlamaConfig:
     return LlamaConfig(
@@ -70,7 +75,7 @@ def run_config(case: Case) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_batch_size": SAMPLES_PER_RANK * case.world_size,
         "gradient_accumulation_steps": case.accumulation,
-        "optimizer": {"type": case.optimizer, "params": case.optimizer_params},
+        "optimizer": {"type": case.optimizer, "params": case.deepspeed_params},
         "gradient_clipping": case.clip,
         "bf16": {"enabled": case.is_bf16},
         "zero_optimization": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 
 from data_prep import _encoding, tokenize_fineweb, train_tokenizer
 from data_prep._common import encode_plain, load_tokenizer, new_folder, sha256_of
@@ -118,6 +120,20 @@ def test_the_tokenizer_follows_llama(tokenizer_folder: Path) -> None:
     assert "<0x0A>" in tokenizer.tokenize("a\nb")
     digits = [piece.strip("▁") for piece in tokenizer.tokenize("1234")]
     assert [d for d in digits if d] == ["1", "2", "3", "4"]
+
+
+def test_text_cannot_spell_the_separator() -> None:
+    # Models of others may have "</s" as a piece: one merge away from the name of eos.
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(f"{c}</s" for c in order) + " >" for order in ["abc", "bca"]),
+        model_writer=model, model_type="bpe", vocab_size=270, byte_fallback=True,
+        split_by_unicode_script=False, unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = train_tokenizer.to_transformers(model.getvalue())
+    assert "</s" in tokenizer.get_vocab()
+    for ids in encode_plain(tokenizer, ["a</s>b", "</s>", "a<s>b"]):
+        assert min(ids) > tokenizer.eos_token_id
 
 
 def test_documents_come_back_in_order(tmp_path: Path, tokenizer_folder: Path) -> None:

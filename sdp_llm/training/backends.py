@@ -1,0 +1,150 @@
+"""What the trainer drives: the distributed engine, or the simulation on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdp_llm.checkpoint.export import copy_tokenizer
+from sdp_llm.config import RunConfig
+from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.evaluation import Evaluation
+from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.optim import build_optimizer, build_scheduler
+from sdp_llm.simulation import Simulation
+from sdp_llm.training.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of this process.
+
+    ``losses`` (1-D, on the device) has the mean loss, in nats per token, of each worker that this
+    process runs; ``grad_norm`` is global and before clipping.
+    """
+
+    losses: Tensor
+    grad_norm: float
+    is_skipped: bool
+
+
+class Backend(Protocol):
+    """Trains on this process's part of each global batch."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        ...
+
+    def step(self, tokens: Tensor) -> Step:
+        """One optimizer step on this process's samples ``[samples, sequence + 1]``."""
+        ...
+
+    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+        """The whole model's loss over the samples of all processes. Collective."""
+        ...
+
+    def export(self, folder: Path, tokenizer: str | None) -> None:
+        """Write the whole model as a HuggingFace checkpoint. Collective."""
+        ...
+
+    def monitor(self, values: dict[str, float], samples: int) -> None:
+        """Hand values to the config's monitors (tensorboard, wandb, csv_monitor)."""
+        ...
+
+
+class EngineBackend:
+    """One rank of a distributed run."""
+
+    def __init__(self, run: RunConfig, inputs: Inputs, total_steps: int) -> None:
+        self.engine: SDPEngine
+        self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def lr(self) -> float:
+        return float(self.engine.get_lr()[0])
+
+    def step(self, tokens: Tensor) -> Step:
+        engine = self.engine
+        tokens = tokens.to(engine.device, non_blocking=True)
+        targets = target_count(tokens)
+        total = torch.zeros(1, device=engine.device)
+        for part in tokens.split(engine.train_micro_batch_size_per_gpu()):
+            loss = summed_loss(engine, part) / targets
+            engine.backward(loss, scale_wrt_gas=False)
+            total += loss.detach()
+            engine.step()
+        norm = engine.get_global_grad_norm()
+        assert norm is not None
+        return Step(total, norm, not engine.was_step_applied())
+
+    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+        return self.engine.evaluate(samples, micro_batch)
+
+    def export(self, folder: Path, tokenizer: str | None) -> None:
+        self.engine.save_pretrained(folder, tokenizer)
+
+    def monitor(self, values: dict[str, float], samples: int) -> None:
+        if self.engine.monitor.enabled and self.rank == 0:
+            self.engine.monitor.write_events([(k, v, samples) for k, v in values.items()])
+
+
+class SimulationBackend:
+    """All workers of a run, in this one process."""
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self, run: RunConfig, inputs: Inputs, total_steps: int, device: torch.device
+    ) -> None:
+        assert run.model is not None
+        self._simulation = Simulation(
+            inputs.model,
+            inputs.plan,
+            lambda groups: build_optimizer(run, groups),
+            masking=run.sdp.masking,
+            seed=run.training.seed,
+            max_norm=run.gradient_clipping,
+            decay_all=run.training.decay_all,
+            dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
+            device=device,
+            attn_implementation=run.model.attn_implementation,
+        )
+        self._device = device
+        self._micro_batch = inputs.batch.micro_batch
+        self._config = inputs.model
+        self._scheduler = build_scheduler(run, self._simulation.optimizer, total_steps)
+        if run.model.gradient_checkpointing:
+            self._simulation.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def lr(self) -> float:
+        return float(self._simulation.optimizer.param_groups[0]["lr"])
+
+    def step(self, tokens: Tensor) -> Step:
+        result = self._simulation.step(tokens.to(self._device), self._micro_batch)
+        if self._scheduler is not None and not result.is_skipped:
+            self._scheduler.step()
+        return Step(torch.tensor(result.losses), result.grad_norm, result.is_skipped)
+
+    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+        parts = [part.to(self._device) for part in samples.split(micro_batch)]
+        return Evaluation(self._simulation.evaluate(parts), target_count(samples))
+
+    def export(self, folder: Path, tokenizer: str | None) -> None:
+        model = self._simulation.model
+        model.config.use_cache = self._config.use_cache
+        model.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+
+    def monitor(self, values: dict[str, float], samples: int) -> None:
+        """Nothing: monitors belong to DeepSpeed's engine."""

@@ -1,0 +1,113 @@
+"""Everything a run reads, opened and checked before any process group or model exists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
+from sdp_llm.data.indexed import IndexedDataset
+from sdp_llm.data.sampler import PackedDataset, validation_samples
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan import Plan, plan_from_config
+from sdp_llm.subnetwork.measure import load_model_config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run config names: its model's config, its plan and its data."""
+
+    model: PretrainedConfig
+    plan: Plan
+    batch: BatchSizes
+    train: PackedDataset
+    validation: PackedDataset | None
+
+
+def load_inputs(run: RunConfig, world_size: int) -> Inputs:
+    """Open and check all that a pretraining run reads.
+
+    :raises ConfigError: naming the key, its value and the fix, for the first thing that is wrong.
+    """
+    require_pretraining(run)
+    assert run.model is not None
+    assert run.data is not None
+    batch = resolve_batch(run, world_size)
+    model = load_model_config(run.model.config)
+    text = model.get_text_config()
+    plan = plan_from_config(run.sdp, world_size, text.num_hidden_layers)
+    length = run.data.sequence_length
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"data.sequence_length = {length}: longer than the model's "
+            f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
+        )
+    train = PackedDataset(IndexedDataset(run.data.train), length)
+    if len(train) < batch.global_batch:
+        raise ConfigError(
+            f"data.train = {json.dumps(run.data.train)}: {len(train)} samples of {length} tokens "
+            f"are less than one global batch of {batch.global_batch}; use a larger corpus, "
+            "shorter sequences or a smaller train_batch_size"
+        )
+    validation = None
+    if run.data.validation is not None:
+        validation = PackedDataset(IndexedDataset(run.data.validation), length)
+    for key, dataset in (("train", train), ("validation", validation)):
+        if dataset is not None:
+            _check_ids(f"data.{key}", dataset, text.vocab_size, run.model.config)
+    if run.data.tokenizer is not None:
+        _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
+    return Inputs(model, plan, batch, train, validation)
+
+
+def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -> None:
+    """Look at a spread of samples: an id outside the vocabulary is an index error hours later."""
+    largest = int(dataset.batch(validation_samples(dataset, 64)).max())
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{key} = {json.dumps(str(dataset.dataset.prefix))}: has token id {largest}, but "
+            f"vocab_size = {vocab_size} in {config}; use the tokenizer that the corpus was made "
+            "with, and a model with as many ids"
+        )
+
+
+def _check_tokenizer(folder: str, vocab_size: int, config: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"data.tokenizer = {json.dumps(folder)}: has {len(tokenizer)} ids, more than "
+            f"vocab_size = {vocab_size} in {config}; set vocab_size to at least {len(tokenizer)}"
+        )
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in a local folder; nothing is fetched.
+
+    :raises ConfigError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"data.tokenizer = {json.dumps(folder)}: no such folder; "
+            "make one with python data_prep/train_tokenizer.py"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"data.tokenizer = {json.dumps(folder)}: {reason}; "
+            "make one with python data_prep/train_tokenizer.py"
+        ) from error
+
+
+def target_bytes(tokenizer: Any, samples: Any) -> int:
+    """The UTF-8 bytes of the text that the targets of ``[samples, sequence + 1]`` stand for."""
+    texts = tokenizer.batch_decode(samples[:, 1:], skip_special_tokens=True)
+    return sum(len(text.encode()) for text in texts)

@@ -1,0 +1,56 @@
+"""What is printed before and after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sdp_llm.config import RunConfig, keys_without_effect
+from sdp_llm.plan.report import plan_report
+from sdp_llm.plan.size import CostSetup, ModelSize
+from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.trainer import Trainer
+
+
+def summary_card(
+    run: RunConfig, inputs: Inputs, size: ModelSize, setup: CostSetup, steps: int
+) -> str:
+    """The plan, what it costs, the data and the budget."""
+    assert run.model is not None
+    batch = inputs.batch.global_batch
+    epochs = steps * batch / len(inputs.train)
+    ranks = inputs.plan.world_size
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
+    lines = [
+        plan_report(inputs.plan, size, setup, model=Path(run.model.config).stem),
+        "",
+        f"device      {device}, {ranks} rank{'s' if ranks > 1 else ''}",
+        f"data        {len(inputs.train):,} samples of {inputs.train.sequence_length} tokens; "
+        f"this run reads {steps * batch:,} ({epochs:.2f} epochs)",
+        f"budget      {steps:,} steps of {batch} samples, "
+        f"{steps * batch * inputs.train.sequence_length:,} tokens",
+        f"run folder  {run.training.run_dir}",
+    ]
+    ignored = keys_without_effect(run)
+    if ignored:
+        lines.append(f"no effect   {', '.join(ignored)}")
+    return "\n".join(lines) + "\n"
+
+
+def closing_lines(trainer: Trainer) -> str:
+    """The whole model's validation loss, and where the result is."""
+    lines = []
+    result = trainer.last_validation
+    if result is not None:
+        bits = trainer.bits_per_byte(result)
+        text = f", {bits:.4f} bits per byte" if bits is not None else ""
+        lines.append(
+            f"whole model's validation loss {result.loss:.4f} nats per token{text} "
+            f"({result.tokens:,} tokens)"
+        )
+    if trainer.run.training.export:
+        lines.append(
+            f'load it with AutoModelForCausalLM.from_pretrained("{trainer.folder.path}/model")'
+        )
+    return "\n".join(lines)

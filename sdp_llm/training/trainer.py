@@ -1,0 +1,170 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdp_llm.config import RunConfig
+from sdp_llm.data.sampler import batch_for_rank, rank_slice, validation_samples
+from sdp_llm.errors import TrainingStopped
+from sdp_llm.evaluation import Evaluation
+from sdp_llm.training.backends import Backend, Step
+from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
+from sdp_llm.training.metrics import Meter
+from sdp_llm.training.progress import HEADER_EVERY, LogLine, format_line, header
+from sdp_llm.training.run_folder import RunFolder
+
+
+class Trainer:
+    """Trains a backend for a budget of steps, logs, validates and exports.
+
+    :param total_steps: optimizer steps of the budget.
+    """
+
+    def __init__(
+        self, run: RunConfig, inputs: Inputs, backend: Backend, folder: RunFolder, total_steps: int
+    ) -> None:
+        assert run.data is not None
+        self.run = run
+        self.inputs = inputs
+        self.backend = backend
+        self.folder = folder
+        self.total_steps = total_steps
+        self.step = 0
+        self.last_validation: Evaluation | None = None
+        self._fresh_validation: Evaluation | None = None
+        self._meter = Meter()
+        self._skipped = self._skipped_in_a_row = 0
+        self._lines = 0
+        self._seconds = 0.0
+        self._validation = self._validation_tokens()
+        self._validation_bytes = self._count_bytes()
+
+    def fit(self) -> None:
+        """Train to the end of the budget, validate and export. Collective.
+
+        :raises TrainingStopped: on every rank, after too many non-finite gradients in a row.
+        """
+        interval = self.run.training.eval_interval
+        while self.step < self.total_steps:
+            self._meter.start()
+            result = self.backend.step(self._batch())
+            self._meter.pause()
+            self.step += 1
+            self._meter.add(result.losses)
+            self._count_skipped(result)
+            is_last = self.step == self.total_steps
+            if is_last or (interval and self.step % interval == 0):
+                self.validate()
+            if is_last or self.step % self.run.steps_per_print == 0:
+                self.log(result.grad_norm)
+        if self.run.training.export:
+            assert self.run.data is not None
+            self.say(f"exporting to {self.folder.path / 'model'}")
+            self.backend.export(self.folder.path / "model", self.run.data.tokenizer)
+
+    def validate(self) -> None:
+        """Measure the whole model's loss on the validation samples. Collective."""
+        if self._validation is None:
+            return
+        micro_batch = self.run.training.eval_micro_batch_size or self.inputs.batch.micro_batch
+        result = self.backend.evaluate(self._validation, micro_batch)
+        self.last_validation = self._fresh_validation = result
+        values = {"validation/loss": result.loss}
+        bits = self.bits_per_byte(result)
+        if bits is not None:
+            values["validation/bits_per_byte"] = bits
+        self.folder.log({"step": self.step, **values, "validation/tokens": result.tokens})
+        self.backend.monitor(values, self.step * self.inputs.batch.global_batch)
+
+    def bits_per_byte(self, result: Evaluation) -> float | None:
+        """The validation loss in bits per byte of text; None without a tokenizer."""
+        return result.bits_per_byte(self._validation_bytes) if self._validation_bytes else None
+
+    def log(self, grad_norm: float) -> None:
+        """Print one line and append it to the metrics. Collective."""
+        reduced = self._meter.reduce()
+        self._seconds += reduced.seconds
+        batch = self.inputs.batch.global_batch
+        tokens = reduced.steps * batch * self.inputs.train.sequence_length
+        line = LogLine(
+            step=self.step,
+            total_steps=self.total_steps,
+            loss=reduced.loss,
+            validation=self._fresh_validation.loss if self._fresh_validation else None,
+            lr=self.backend.lr,
+            grad_norm=grad_norm,
+            skipped=self._skipped,
+            tokens_per_second=tokens / reduced.seconds,
+            memory_now=reduced.memory_now,
+            memory_peak=reduced.memory_peak,
+            eta=self._seconds / self.step * (self.total_steps - self.step),
+        )
+        self._fresh_validation = None
+        if self._lines % HEADER_EVERY == 0:
+            self.say(header())
+        self.say(format_line(line))
+        self._lines += 1
+        spread = {"lowest_loss": reduced.lowest_loss, "highest_loss": reduced.highest_loss}
+        self.folder.log(
+            {**asdict(line), **spread, "samples": self.step * batch, "tokens": self._tokens()}
+        )
+        values = {"train/loss": line.loss, "train/grad_norm": grad_norm, "train/lr": line.lr}
+        self.backend.monitor(values, self.step * batch)
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.backend.rank == 0:
+            print(text, flush=True)
+
+    def _tokens(self) -> int:
+        return self.step * self.inputs.batch.global_batch * self.inputs.train.sequence_length
+
+    def _batch(self) -> Tensor:
+        tokens = batch_for_rank(
+            self.inputs.train,
+            self.run.training.seed,
+            self.step * self.inputs.batch.global_batch,
+            self.inputs.batch.global_batch,
+            self.backend.rank,
+            self.backend.world_size,
+        )
+        return torch.from_numpy(tokens)
+
+    def _count_skipped(self, result: Step) -> None:
+        self._skipped += result.is_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.is_skipped else 0
+        limit = self.run.training.max_skipped_steps
+        if self._skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"step {self.step}: the gradient was not finite in {limit} steps in a row "
+                f"(training.max_skipped_steps = {limit}); lower the learning rate or look at the "
+                "data"
+            )
+
+    def _validation_tokens(self) -> Tensor | None:
+        """This process's part of the validation samples, ``[samples, sequence + 1]``."""
+        dataset = self.inputs.validation
+        if dataset is None:
+            return None
+        indices = validation_samples(dataset, self.run.training.eval_samples)
+        world_size = self.backend.world_size
+        padded = -(-len(indices) // world_size) * world_size
+        return torch.from_numpy(
+            dataset.batch(indices[rank_slice(padded, self.backend.rank, world_size)])
+        )
+
+    def _count_bytes(self) -> int | None:
+        assert self.run.data is not None
+        if self._validation is None or self.run.data.tokenizer is None:
+            return None
+        own = target_bytes(load_tokenizer(self.run.data.tokenizer), self._validation)
+        if self.backend.world_size == 1:
+            return own
+        counts = [0] * self.backend.world_size
+        dist.all_gather_object(counts, own)
+        return sum(counts)

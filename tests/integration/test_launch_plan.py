@@ -1,0 +1,97 @@
+"""The command that prints a plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from launch.plan import main
+from tests.conftest import ROOT
+
+DEMO = ("--deepspeed_config", str(ROOT / "configs" / "demo.json"))
+
+# Starting a process group, or rendezvous, would end the run.
+NO_GROUPS = """
+import runpy, sys, torch.distributed as dist
+def refuse(*args, **kwargs): raise SystemExit("a process group was started")
+dist.init_process_group = dist.new_group = dist.TCPStore = dist.FileStore = refuse
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert not dist.is_initialized()
+    assert "deepspeed" not in sys.modules
+"""
+
+
+def _plan(*arguments: str, config: str = "configs/demo.json") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", NO_GROUPS, "launch/plan.py", "--deepspeed_config", config]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in the demo's config are relative to the project's root."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_prints_the_card_of_the_demo() -> None:
+    result = _plan("--world_size", "4", "--backend", "gloo")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(len(line) for line in lines) <= 100
+    rows = {line[:31].strip(): line[31:].split() for line in lines}
+    assert "coverage 1/2 of the free blocks" in result.stdout
+    assert any(line.startswith("rank 3  P") and "5/8 blocks" in line for line in lines)
+    for name in ("load", "connectivity", "owner sets", "λ", "\N{GREEK SMALL LETTER RHO}"):
+        assert any(line.startswith(f"{name:<14}") for line in lines), name
+    assert "own normalisation of Proposition 1" in " ".join(lines)
+    assert rows["memory of one rank, MiB"] == ["SDP", "DDP", "ZeRO-2", "ZeRO-3"]
+    # 10,522,880 parameters, of which a rank lacks 3 of 8 blocks of 791,040; fp32.
+    assert rows["weights"] == ["31.1", "40.1", "40.1", "10.0"]
+    for name in ("gradients", "optimizer", "transient", "activations", "total"):
+        assert len(rows[name]) == 4, name
+    assert len(rows["sent per step, MiB"]) == len(rows["MFLOPs per token"]) == 4
+
+
+@pytest.mark.usefixtures("in_root")
+def test_uneven_load_and_no_data_section(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["sdp.coverage=1/4", "sdp.pinned_first=2", "data=null", "train_batch_size=4"]
+    assert main([*DEMO, "--world_size", "4", *(a for o in overrides for a in ("--set", o))]) == 0
+    output = capsys.readouterr().out
+    assert "4 ranks x 1 micro-batch x 1 samples x 2048 tokens" in output
+    assert "SDP most   SDP least" in output
+    assert output.count("most loaded rank") == 2
+
+
+def test_wrong_input_is_one_line_of_the_command() -> None:
+    result = _plan("--world_size", "3")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("plan: error: train_batch_size = 32: must be")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "override", "message"),
+    [
+        ("0", "sdp.seed=0", "--world_size = 0"),
+        ("4", "sdp.coverage=1/3", "sdp.coverage = 1/3"),
+        ("4", "sdp.covrage=1/2", "sdp.covrage: unknown key"),
+        ("4", "model.config=nowhere.json", "model.config = 'nowhere.json'"),
+        ("4", "model=null", "model: missing"),
+    ],
+)
+@pytest.mark.usefixtures("in_root")
+def test_wrong_input(
+    world_size: str, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*DEMO, "--world_size", world_size, "--set", override]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"plan: error: {message}")
+    assert len(captured.err.splitlines()) == 1
