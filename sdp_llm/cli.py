@@ -40,7 +40,8 @@ def run_command(
 ) -> int:
     """Run a command; wrong input becomes one line on stderr.
 
-    :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 130 when interrupted.
+    :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 130 when it
+        was interrupted.
     """
     try:
         run(arguments)

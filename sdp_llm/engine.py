@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,10 +35,11 @@ from sdp_llm.sharding.materialize import ShardedModel, materialize
 from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
 from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.subnetwork.build import build_subnetwork
+from sdp_llm.unsupported import refuse_unsupported, unsupported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Source = PretrainedConfig | PreTrainedModel
+Source: TypeAlias = PretrainedConfig | PreTrainedModel
 
 
 def init_distributed(timeout: timedelta) -> None:
@@ -83,7 +84,7 @@ def initialize(
     elif isinstance(config, Mapping):
         run = parse_config(config)
     else:
-        run = load_config(config)
+        run = load_config(Path(config))
     for name, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
         if value is not None and not callable(value):
             raise ConfigError(
@@ -102,6 +103,7 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
+@refuse_unsupported
 class SDPEngine(DeepSpeedEngine):
     """Trains this rank's subnetwork; ``engine(batch)``, ``engine.backward(loss)``,
     ``engine.step()`` as with DeepSpeed. Built by :func:`initialize`."""
@@ -212,6 +214,21 @@ class SDPEngine(DeepSpeedEngine):
     def zero_allgather_bucket_size(self) -> int:
         return self.run.zero_optimization.allgather_bucket_size
 
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """The types of the weights and of the accumulated gradients."""
+        return self.sharded.units[0].flat.dtype, torch.float32
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """DeepSpeed's; the next micro-batch is the first of a step also under the new number."""
+        super().set_train_batch_size(train_batch_size)
+        self._restart_accumulation()
+
+    def _restart_accumulation(self) -> None:
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+
     # -- the whole model ----------------------------------------------------------------------
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
@@ -275,7 +292,7 @@ class SDPEngine(DeepSpeedEngine):
         :raises ConfigError: when there is none, a file is damaged, or the model differs.
         """
         if custom_load_fn is not None or not load_module_strict:
-            _unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
+            unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
         folder = Path(load_dir)
         if tag is None:
             latest = folder / "latest"
@@ -290,57 +307,33 @@ class SDPEngine(DeepSpeedEngine):
         self.optimizer.zero_grad()
         if load_module_only:
             return str(folder / tag), state["client_state"]
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
+        for name in _COUNTERS:
+            setattr(self, name, state["counters"][name])
+        # Another number of ranks may cut the batch into another number of micro-batches.
+        self._restart_accumulation()
         if with_optimizer:
-            saved_groups = state["param_groups"]
-            for group, saved in zip(self.basic_optimizer.param_groups, saved_groups, strict=True):
-                group.update(saved)
+            self._adopt_options(state["param_groups"], folder / tag)
         if load_lr_scheduler_states and self.lr_scheduler is not None:
+            if state["scheduler"] is None:
+                raise ConfigError(
+                    f"{folder / tag}: saved without a learning-rate scheduler; pass "
+                    "load_lr_scheduler_states=False, or remove scheduler from the config"
+                )
             self.lr_scheduler.load_state_dict(state["scheduler"])
         return str(folder / tag), state["client_state"]
 
-    # -- what makes no sense where no rank has the whole model -----------------------------------
-
-    def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("save_16bit_model()", "call engine.save_pretrained(folder)")
-
-    def save_fp16_model(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("save_fp16_model()", "call engine.save_pretrained(folder)")
-
-    def module_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("module_state_dict()", "call engine.save_pretrained(folder)")
-
-    def load_module_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("load_module_state_dict()", "pass a model with values to initialize()")
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("state_dict()", "call engine.save_checkpoint(folder)")
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("load_state_dict()", "call engine.load_checkpoint(folder)")
-
-    def compile(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("compile()", "train without it")
-
-    def scale(self, loss: Tensor) -> NoReturn:
-        _unsupported("scale(loss)", "call engine.backward(loss)")
-
-    def coalesce_grad_reduction(self) -> NoReturn:
-        _unsupported("coalesce_grad_reduction()", "use gradient_accumulation_steps")
-
-    def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("offload_states()", "lower sdp.coverage for less memory")
-
-    def reload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _unsupported("reload_states()", "there is nothing offloaded")
+    def _adopt_options(self, saved: list[dict[str, Any]], folder: Path) -> None:
+        groups = self.basic_optimizer.param_groups
+        if [{*options, "params"} for options in saved] != [set(group) for group in groups]:
+            raise ConfigError(
+                f"{folder}: saved with another optimizer than {type(self.basic_optimizer).__name__}"
+                "; use that one, or pass load_optimizer_states=False"
+            )
+        for group, options in zip(groups, saved, strict=True):
+            group.update(options)
 
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-def _unsupported(what: str, instead: str) -> NoReturn:
-    raise NotImplementedError(f"SDPEngine.{what} is not supported; {instead}")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def _shard(source: Source, run: RunConfig, timeout: timedelta) -> ShardedModel:

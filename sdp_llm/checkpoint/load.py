@@ -141,9 +141,7 @@ def load_checkpoint(
         return reader.state
 
 
-def _check_same_model(
-    sharded: ShardedModel, saved: Mapping[str, list[int]], folder: Path
-) -> None:
+def _check_same_model(sharded: ShardedModel, saved: Mapping[str, list[int]], folder: Path) -> None:
     here = {spec.name: list(spec.shape) for spec in sharded.subnetwork.layout.parameters}
     different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
     if different:

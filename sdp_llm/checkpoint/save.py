@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdp_llm.checkpoint.together import (
     WrittenFile,
+    agree,
     replace_text,
     write_json,
     write_together,
@@ -59,13 +60,15 @@ def save_checkpoint(
     :param state: what else is needed to go on, JSON only; rank 0's is written.
     :raises ConfigError: on every rank, when one cannot write; or when ``state`` is not JSON.
     """
-    try:
-        json.dumps(state)
-    except TypeError as error:
-        raise ConfigError(
-            f"client_state: {error}; checkpoints hold JSON and tensors only: use plain values"
-        ) from error
     rank = sharded.subnetwork.rank
+
+    def check() -> None:
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"client_state: {error}; checkpoints hold JSON and tensors only: use plain values"
+            ) from error
 
     def write(partial: Path) -> list[WrittenFile]:
         path = partial / f"rank-{rank:05d}.safetensors"
@@ -82,9 +85,14 @@ def save_checkpoint(
         }
         write_json(partial / MANIFEST, manifest)
 
+    def name_latest() -> None:
+        if save_latest and rank == 0:
+            replace_text(folder / "latest", tag)
+
+    agree(check)
     write_together(folder / tag, write, finish)
-    if save_latest and rank == 0:
-        replace_text(folder / "latest", tag)
+    # Together: no rank goes on, and perhaps loads, before ``latest`` is there.
+    agree(name_latest)
 
 
 def _own_ranges(

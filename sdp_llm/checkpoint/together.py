@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from sdp_llm.errors import ConfigError
 
@@ -73,7 +74,7 @@ def agree(step: Callable[[], Any]) -> list[Any]:
         result = step()
     except ConfigError as error:
         failure = str(error)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         failure = f"cannot write: {error}; name a folder that all ranks can write to"
     if not dist.is_initialized():
         outcomes: list[Any] = [(result, failure)]

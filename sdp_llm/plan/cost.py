@@ -75,8 +75,7 @@ class Cost:
 def sdp_cost(size: ModelSize, plan: Plan, setup: CostSetup) -> Cost:
     """The cost of training under a plan, from the costs of all its ranks.
 
-    Raises:
-        ValueError: the model and the plan differ in depth, or the stage is not supported.
+    :raises ValueError: the model and the plan differ in depth, or the stage is not supported.
     """
     if len(size.blocks) != plan.num_blocks:
         raise ValueError(
@@ -149,7 +148,7 @@ def rank_flops_per_token(size: ModelSize, plan: Plan, setup: CostSetup, rank: in
         is_owned = plan.owns(rank, b)
         if not is_owned and setup.masking == "forward":
             continue
-        matmul_passes = again + (3 if is_owned else 2)
+        matmul_passes = again + (3)
         flops += 2.0 * matmul_passes * block.matmul_numel + (3 + again) * attention
     return flops
 
@@ -162,8 +161,7 @@ def steps_for_dense_flops(
     Both per token and, for SDP, in the mean over the ranks: the FLOP-matched setting of arXiv
     2507.09029. Rounded to the nearest, at least 1.
 
-    Raises:
-        ValueError: an argument is not positive.
+    :raises ValueError: an argument is not positive.
     """
     if min(dense_steps, flops_per_token_sdp, flops_per_token_dense) <= 0:
         raise ValueError(
@@ -203,7 +201,8 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
       unit are collected together, since the first parameter of a block completes last.
 
-    With overlap the unit under way keeps its buffers while the next one comes in.
+    With overlap the unit under way keeps its buffers while the next one comes in. An upper bound,
+    reached but for the order in which a unit's parameters complete (a few percent at stage 2).
     """
     r = setup.reduction_bytes
     is_collected = setup.stage == 2

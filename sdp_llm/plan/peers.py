@@ -16,14 +16,11 @@ PEERS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 def peer_cost(size: ModelSize, world_size: int, setup: CostSetup, peer: str) -> Cost:
     """The cost of training the whole model on every rank.
 
-    Args:
-        size: the model, its activations for one micro-batch.
-        world_size: number of ranks `n`.
-        setup: dtypes, accumulation, checkpointing and optimizer; masking and stage are ignored.
-        peer: one of `PEERS`.
-
-    Raises:
-        ValueError: `peer` is not one of them.
+    :param size: the model, its activations for one micro-batch.
+    :param world_size: number of ranks `n`.
+    :param setup: dtypes, accumulation, checkpointing and optimizer; masking and stage are ignored.
+    :param peer: one of `PEERS`.
+    :raises ValueError: `peer` is not one of them.
     """
     if peer not in PEERS:
         raise ValueError(f"peer = {peer!r}: expected one of {', '.join(PEERS)}")

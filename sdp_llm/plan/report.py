@@ -33,17 +33,12 @@ _ABOUT_LAMBDA = (
 def plan_report(plan: Plan, size: ModelSize, setup: CostSetup, *, model: str) -> str:
     """Everything that is known about a run before it starts, for a terminal of 100 columns.
 
-    Args:
-        plan: who owns what.
-        size: the model at the run's micro-batch and sequence length.
-        setup: masking, stage, dtypes and so on.
-        model: the model's name.
-
-    Returns:
-        Lines joined by newlines, without a newline at the end.
-
-    Raises:
-        ValueError: the model and the plan differ in depth.
+    :param plan: who owns what.
+    :param size: the model at the run's micro-batch and sequence length.
+    :param setup: masking, stage, dtypes and so on.
+    :param model: the model's name.
+    :returns: Lines joined by newlines, without a newline at the end.
+    :raises ValueError: the model and the plan differ in depth.
     """
     analysis = analyze(plan, size.block_numel)
     sdp = sdp_cost(size, plan, setup)

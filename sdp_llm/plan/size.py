@@ -111,10 +111,9 @@ class CostSetup:
 def setup_from_config(config: RunConfig, accumulation: int, backend: str) -> CostSetup:
     """The settings of a run config.
 
-    Args:
-        config: the run config; without an optimizer section AdamW is assumed.
-        accumulation: micro-batches per step, resolved.
-        backend: "gloo" or "nccl".
+    :param config: the run config; without an optimizer section AdamW is assumed.
+    :param accumulation: micro-batches per step, resolved.
+    :param backend: "gloo" or "nccl".
     """
     zero = config.zero_optimization
     weight_bytes = 2 if config.bf16.enabled else FP32_BYTES

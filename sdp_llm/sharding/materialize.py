@@ -73,9 +73,7 @@ def materialize(
     if subnetwork.given is not None:
         subnetwork.given.clear()
     subnetwork.model.to(device)  # the buffers; every parameter is there already
-    return ShardedModel(
-        subnetwork, tuple(units), Communicator(device, communication_dtype), stage
-    )
+    return ShardedModel(subnetwork, tuple(units), Communicator(device, communication_dtype), stage)
 
 
 def _adopt_lowest_rank(

@@ -81,6 +81,7 @@ class ShardedOptimizer:
         """Zero the accumulated gradients; their storage stays."""
         for unit in self.owned:
             unit.grad.zero_()
+            unit.is_averaged = False
 
     @torch.no_grad()
     def step(self) -> None:

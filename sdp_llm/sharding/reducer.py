@@ -53,6 +53,9 @@ class GradientReducer:
         """Announce a backward pass; ``reduce`` says whether it ends in averaged gradients."""
         if self._stage == 2 and not reduce:
             raise RuntimeError("stage 2 keeps no unreduced gradients: every pass must reduce")
+        for unit in self._units:
+            if self._stage == 1 and unit.is_averaged:
+                unit.reopen()
         self._cursor.reset()
         self._is_active, self._is_reducing = True, reduce
 
@@ -67,15 +70,16 @@ class GradientReducer:
     def _on_gradient(self, u: int, i: int, parameter: Tensor) -> None:
         unit = self._units[u]
         name = unit.layout.parameters[i].name
+        assert parameter.grad is not None
+        gradient = parameter.grad.flatten()
+        # Also before an error: what stays there would be added to the next pass.
+        parameter.grad = None
         if not self._is_active:
             raise RuntimeError(f"{name}: a backward pass outside engine.backward(loss); call that")
         try:
             ready = self._cursor.arrive(u, i)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error}; run the model once per backward pass") from None
-        assert parameter.grad is not None
-        gradient = parameter.grad.flatten()
-        parameter.grad = None
         target = slice(unit.offsets[i], unit.offsets[i] + gradient.numel())
         if self._is_staged(unit):
             self._staging(u)[target] = gradient
@@ -128,6 +132,7 @@ class GradientReducer:
             unit.grad += mean
             return
         unit.shard_grad.copy_(mean)
+        unit.is_averaged = True
         if self._stage == 0:
             assert unit.group is not None
             full = unit.grad.to(self._communicator.dtype)

@@ -39,6 +39,7 @@ class Unit:
       shard of it otherwise. Where the weights are fp32 it is a view of ``flat``.
     - ``grad`` (1-D, fp32): the accumulated gradient, of all of ``flat`` at stages 0 and 1, of
       the shard at stage 2.
+    - ``is_averaged``: whether at stages 0 and 1 ``shard_grad`` is the owners' average already.
 
     :param values: the fp32 initial value of every parameter, by global name. The masters are
         taken from them, before anything is cast.
@@ -81,6 +82,7 @@ class Unit:
         if dtype != torch.float32:
             self.master = whole[self._optimised].clone()
         self.grad = torch.zeros_like(self.master if stage == 2 else whole)
+        self.is_averaged = False
         self.slices = tuple(self._parameter_slices())
 
     def views(self) -> dict[str, Tensor]:
@@ -100,6 +102,17 @@ class Unit:
         """The part of ``grad`` that belongs to ``master``."""
         is_partitioned = self.grad.numel() == self.master.numel()
         return self.grad if is_partitioned else self.grad[self._optimised]
+
+    def reopen(self) -> None:
+        """Let ``grad`` take more at stage 1 after it was averaged.
+
+        The other owners' slices of it are spent, and the average must come out of the next
+        reduction, which divides by ``p``, as it is.
+        """
+        average = self.shard_grad * len(self.owners)
+        self.grad.zero_()
+        self.shard_grad.copy_(average)
+        self.is_averaged = False
 
     def cast_masters(self) -> None:
         """Write the updated masters into the weights; nothing to do where they are a view."""

@@ -118,7 +118,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _storage_key(parameter: nn.Parameter) -> tuple[int, int, tuple[int, ...]]:
     # Tied parameters may be one object or two views of one storage; both count as one.
     storage = parameter.untyped_storage()._cdata
-    return storage, parameter.storage_offset(), tuple(parameter.shape)
+    return storage, int(parameter.storage_offset()), tuple(parameter.shape)
 
 
 def _distinct_parameters(model: nn.Module) -> tuple[list[ParameterSpec], dict[str, str]]:

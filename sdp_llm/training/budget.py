@@ -9,6 +9,7 @@ from sdp_llm.plan.cost import sdp_cost, steps_for_dense_flops
 from sdp_llm.plan.peers import peer_cost
 from sdp_llm.plan.size import CostSetup, ModelSize, setup_from_config
 from sdp_llm.subnetwork.measure import model_size
+from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
 
 
@@ -26,7 +27,7 @@ def run_size(run: RunConfig, inputs: Inputs) -> tuple[ModelSize, CostSetup]:
         dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
     )
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if device_type() == "cuda" else "gloo"
     return size, setup_from_config(run, inputs.batch.accumulation, backend)
 
 

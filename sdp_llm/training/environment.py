@@ -9,19 +9,26 @@ import torch
 import torch.distributed as dist
 
 
+def device_type() -> str:
+    """``cuda`` or ``cpu``: what DeepSpeed uses, which DS_ACCELERATOR=cpu keeps off the GPU."""
+    is_off = os.environ.get("DS_ACCELERATOR") == "cpu"
+    return "cuda" if torch.cuda.is_available() and not is_off else "cpu"
+
+
 def prepare() -> None:
     """Set up this process; before DeepSpeed is imported."""
     # Training reads local files only.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
+    if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Launchers start one process per rank with a thread per core each, or with one thread.
         # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed sets its level when it is imported; a filter outlives that.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def shut_down() -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.training.environment import device_type
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -84,7 +86,7 @@ def _gathered(row: Tensor) -> Tensor:
 
 def memory() -> tuple[int, int]:
     """Bytes now and at the peak: of the GPU's allocator, or this process's resident memory."""
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return psutil.Process().memory_info().rss, peak

@@ -9,6 +9,7 @@ import torch
 from sdp_llm.config import RunConfig, keys_without_effect
 from sdp_llm.plan.report import plan_report
 from sdp_llm.plan.size import CostSetup, ModelSize
+from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.trainer import Trainer
 
@@ -21,7 +22,7 @@ def summary_card(
     batch = inputs.batch.global_batch
     epochs = steps * batch / len(inputs.train)
     ranks = inputs.plan.world_size
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
+    device = torch.cuda.get_device_name() if device_type() == "cuda" else "CPU (gloo)"
     lines = [
         plan_report(inputs.plan, size, setup, model=Path(run.model.config).stem),
         "",

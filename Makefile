@@ -1,0 +1,58 @@
+# make setup   .venv with everything the other commands need
+# make demo    corpus, tokenizer, pretraining on 4 ranks, export, generation
+# make test    every check: lint, types, tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow lint types format clean
+
+setup: $(STAMP)
+
+# torch goes first: deepspeed's build looks for it, and a machine's own wheel of the pinned version
+# is then not replaced.
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	touch $(STAMP)
+
+tokenizers/demo/tokenizer.json: $(STAMP)
+	test -s data/demo.jsonl || $(BIN)/python data_prep/python_corpus.py --output data/demo.jsonl
+	test -s $@ || $(BIN)/python data_prep/train_tokenizer.py --input data/demo.jsonl --vocab_size 8192 --output tokenizers/demo
+
+data/demo/manifest.json: tokenizers/demo/tokenizer.json
+	test -s $@ || $(BIN)/python data_prep/tokenize_fineweb.py --source data/demo.jsonl --tokenizer tokenizers/demo --output data/demo --validation_fraction 0.03
+
+# Four ranks need four GPUs; where there are fewer, the CPU takes all of them.
+demo: data/demo/manifest.json
+	rm -rf runs/demo
+	if test $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())') -lt 4; then \
+		echo 'fewer than 4 GPUs: training on the CPU'; export DS_ACCELERATOR=cpu; \
+	else echo 'training on 4 GPUs'; fi; \
+	$(BIN)/deepspeed --num_accelerators 4 launch/pretrain.py --deepspeed_config configs/demo.json
+	$(BIN)/python launch/evaluate.py --deepspeed_config configs/demo.json --model runs/demo/model
+	$(BIN)/python launch/generate.py --model runs/demo/model --prompt 'Return the' 'This function' 'Raises'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build data/demo data/demo.jsonl tokenizers/demo runs/demo

@@ -1,0 +1,64 @@
+"""Measure an exported model's validation loss in one process.
+
+python launch/evaluate.py --deepspeed_config runs/demo/config.json --model runs/demo/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdp_llm.cli import config_of, config_parser, run_command
+from sdp_llm.config import require_sections
+from sdp_llm.errors import ConfigError
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Parse, load, measure, print."""
+    run = config_of(arguments)
+    require_sections(run, "data")
+    assert run.data is not None
+    if run.data.validation is None:
+        raise ConfigError("data.validation: missing; name the corpus to measure the loss on")
+
+    from sdp_llm.training.environment import device_type, prepare
+
+    prepare()
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from sdp_llm.data.indexed import IndexedDataset
+    from sdp_llm.data.sampler import PackedDataset, validation_samples
+    from sdp_llm.evaluation import Evaluation
+    from sdp_llm.loss import summed_loss, target_count
+    from sdp_llm.training.inputs import load_tokenizer, target_bytes
+
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise ConfigError(f"--model {arguments.model}: has no config.json; name an exported model")
+    dataset = PackedDataset(IndexedDataset(run.data.validation), run.data.sequence_length)
+    samples = torch.from_numpy(
+        dataset.batch(validation_samples(dataset, run.training.eval_samples))
+    )
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True)
+    model.to(device_type()).eval()
+    total = 0.0
+    with torch.no_grad():
+        for part in samples.split(arguments.micro_batch_size):
+            total += summed_loss(model, part.to(device_type())).item()
+    tokens = target_count(samples)
+    result = Evaluation(total / tokens, tokens)
+    text = ""
+    if run.data.tokenizer is not None:
+        text_bytes = target_bytes(load_tokenizer(run.data.tokenizer), samples)
+        text = f", {result.bits_per_byte(text_bytes):.4f} bits per byte"
+    print(f"validation loss {result.loss:.6f} nats per token{text} ({tokens:,} tokens)")
+
+
+if __name__ == "__main__":
+    parser = config_parser(__doc__ or "")
+    parser.add_argument("--model", required=True, metavar="DIR", help="an exported model")
+    parser.add_argument("--micro_batch_size", type=int, default=8, metavar="N")
+    sys.exit(run_command("evaluate", evaluate, parser.parse_args()))

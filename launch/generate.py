@@ -1,0 +1,43 @@
+"""Continue prompts with an exported model.
+
+python launch/generate.py --model runs/demo/model --prompt "Return the"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Load the model and its tokenizer with transformers alone, and sample."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True).eval()
+    torch.manual_seed(arguments.seed)
+    for prompt in arguments.prompt:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=arguments.tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_k=40,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)}\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="an exported model")
+    parser.add_argument("--prompt", nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=48, help="tokens to add to each prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    generate(parser.parse_args())
+    sys.exit(0)
