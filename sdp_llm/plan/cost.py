@@ -148,7 +148,7 @@ def rank_flops_per_token(size: ModelSize, plan: Plan, setup: CostSetup, rank: in
         is_owned = plan.owns(rank, b)
         if not is_owned and setup.masking == "forward":
             continue
-        matmul_passes = again + (3)
+        matmul_passes = again + (3 if is_owned else 2)
         flops += 2.0 * matmul_passes * block.matmul_numel + (3 + again) * attention
     return flops
 

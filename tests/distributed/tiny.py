@@ -98,9 +98,14 @@ def batch(step: int, world_size: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, shape, generator=generator)
 
 
+def my_slice(step: int) -> torch.Tensor:
+    """This rank's part of the global batch of a step."""
+    return batch(step, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def forward_backward(engine: SDPEngine, step: int) -> float:
     """The passes of one step on this rank's slice, up to where ``engine.step()`` is due."""
-    mine = batch(step, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
+    mine = my_slice(step)
     parts = mine.chunk(engine.gradient_accumulation_steps())
     total = 0.0
     for i, part in enumerate(parts):
