@@ -1,7 +1,8 @@
-"""The closed forms against counts by hand, parameter by parameter."""
+"""The closed forms against counts by hand, rank by rank and message by message."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -48,28 +49,28 @@ def _model(num_blocks: int) -> ModelSize:
     )
 
 
-def _owners_of_each_parameter(plan: Plan) -> list[tuple[int, ...]]:
-    world = tuple(range(plan.world_size))
-    found = [world] * (EMBEDDING + HEAD)
+def _parameters_by_owners(plan: Plan) -> Counter[tuple[int, ...]]:
+    """How many parameters each set of ranks trains."""
+    found = Counter({tuple(range(plan.world_size)): EMBEDDING + HEAD})
     for owners in plan.owner_sets:
-        found += [owners] * BLOCK
+        found[owners] += BLOCK
     return found
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_model_state_counted_parameter_by_parameter(plan: Plan, setup: CostSetup) -> None:
+def test_model_state_counted_by_owner_set(plan: Plan, setup: CostSetup) -> None:
     size = _model(plan.num_blocks)
     per_master = 8 if setup.weight_bytes == 4 else 12
     for rank in range(plan.world_size):
         weights = gradients = optimizer = Fraction(0)
-        for owners in _owners_of_each_parameter(plan):
-            part = Fraction(1, len(owners))
+        for owners, count in _parameters_by_owners(plan).items():
+            part = Fraction(count, len(owners))
             if rank in owners:
-                gradients += 4 * (part if setup.stage == 2 else 1)
-                optimizer += per_master * (1 if setup.stage == 0 else part)
+                gradients += 4 * (part if setup.stage == 2 else count)
+                optimizer += per_master * (count if setup.stage == 0 else part)
             if rank in owners or setup.masking == "backward":
-                weights += setup.weight_bytes
+                weights += setup.weight_bytes * count
         memory = rank_memory(size, plan, setup, rank)
         counted = (memory.weights, memory.gradients, memory.optimizer)
         assert counted == (weights, gradients, optimizer)
@@ -78,8 +79,8 @@ def test_model_state_counted_parameter_by_parameter(plan: Plan, setup: CostSetup
 def _messages(plan: Plan, setup: CostSetup) -> list[Fraction]:
     """Bytes that each rank sends, message by message between pairs of ranks."""
     sent = [Fraction(0)] * plan.world_size
-    for owners in _owners_of_each_parameter(plan):
-        shard = Fraction(1, len(owners))  # of one parameter
+    for owners, count in _parameters_by_owners(plan).items():
+        shard = Fraction(count, len(owners))
         for sender in owners:
             for receiver in range(plan.world_size):
                 if receiver == sender:
@@ -196,6 +197,19 @@ def test_nccl_receives_only_the_shard() -> None:
     setup = CostSetup(stage=2, overlap=False, backend="nccl")
     memory = rank_memory(_model(8), EVEN, setup, 0)
     assert memory.transient == 4 * 700 + 4 * 720 + 720 + 720
+
+
+@pytest.mark.parametrize("max_piece", [240, 120])
+def test_overlap_keeps_the_unit_under_way_while_the_next_is_collected(max_piece: int) -> None:
+    """Where blocks are the largest units, whole or split in two."""
+    pieces = [UnitSize(b, max_piece, 100) for b in range(8) for _ in range(240 // max_piece)]
+    size = replace(_model(8), units=(UnitSize(None, 8, 4), *pieces, UnitSize(None, 8, 4)))
+    plan = make_plan(4, 8, coverage=Fraction(1))
+    launched = 4 * max_piece + 4 * max_piece // 4  # received, and the fp32 shard
+    alone = rank_memory(size, plan, CostSetup(stage=2, overlap=False), 0)
+    assert alone.transient == 4 * 100 + 4 * 240 + launched
+    overlapped = rank_memory(size, plan, CostSetup(stage=2), 0)
+    assert overlapped.transient == 4 * 100 + 4 * 240 + 4 * max_piece + launched
 
 
 def test_units_with_one_owner_need_no_buffers_and_no_messages() -> None:
