@@ -27,18 +27,18 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
     from sdp_llm.engine import init_distributed
     from sdp_llm.training.backends import EngineBackend
-    from sdp_llm.training.budget import run_size, total_steps
+    from sdp_llm.training.budget import total_steps
     from sdp_llm.training.run_folder import RunFolder
     from sdp_llm.training.summary import closing_lines, summary_card
     from sdp_llm.training.trainer import Trainer
 
-    size, setup = run_size(run, inputs)
-    steps = total_steps(run, inputs, size, setup)
+    steps = total_steps(run, inputs)
     init_distributed(timedelta(minutes=run.training.timeout_minutes))
     folder = RunFolder(run, inputs.plan, is_writer=os.environ["RANK"] == "0")
     backend = EngineBackend(run, inputs, steps)
     trainer = Trainer(run, inputs, backend, folder, steps)
-    trainer.say(summary_card(run, inputs, size, setup, steps))
+    if trainer.backend.rank == 0:
+        print(summary_card(run, inputs, steps), flush=True)
     trainer.fit()
     trainer.say(closing_lines(trainer))
     shut_down()

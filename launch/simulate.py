@@ -28,17 +28,17 @@ def simulate(arguments: argparse.Namespace) -> None:
     import torch
 
     from sdp_llm.training.backends import SimulationBackend
-    from sdp_llm.training.budget import run_size, total_steps
+    from sdp_llm.training.budget import total_steps
     from sdp_llm.training.run_folder import RunFolder
     from sdp_llm.training.summary import closing_lines, summary_card
     from sdp_llm.training.trainer import Trainer
 
-    size, setup = run_size(run, inputs)
-    steps = total_steps(run, inputs, size, setup)
+    steps = total_steps(run, inputs)
     folder = RunFolder(run, inputs.plan, is_writer=True)
     device = torch.device(device_type())
     trainer = Trainer(run, inputs, SimulationBackend(run, inputs, steps, device), folder, steps)
-    trainer.say(summary_card(run, inputs, size, setup, steps))
+    if trainer.backend.rank == 0:
+        print(summary_card(run, inputs, steps), flush=True)
     trainer.fit()
     trainer.say(closing_lines(trainer))
 

@@ -17,6 +17,7 @@ from sdp_llm.evaluation import Evaluation
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.simulation import Simulation
+from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.inputs import Inputs
 
 
@@ -68,6 +69,8 @@ class EngineBackend:
         self.engine: SDPEngine
         self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # Dropout, where a model has it, differs between ranks and repeats between runs.
+        torch.manual_seed(module_seed(run.training.seed, f"rank {self.rank}"))
 
     @property
     def lr(self) -> float:

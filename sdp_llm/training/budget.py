@@ -31,7 +31,7 @@ def run_size(run: RunConfig, inputs: Inputs) -> tuple[ModelSize, CostSetup]:
     return size, setup_from_config(run, inputs.batch.accumulation, backend)
 
 
-def total_steps(run: RunConfig, inputs: Inputs, size: ModelSize, setup: CostSetup) -> int:
+def total_steps(run: RunConfig, inputs: Inputs) -> int:
     """The optimizer steps of the run's budget, at least 1; a part of a step counts as one."""
     training = run.training
     if training.steps is not None:
@@ -40,6 +40,7 @@ def total_steps(run: RunConfig, inputs: Inputs, size: ModelSize, setup: CostSetu
         assert run.data is not None
         return -(-training.tokens // (inputs.batch.global_batch * run.data.sequence_length))
     assert training.flops_of_dense_steps is not None
+    size, setup = run_size(run, inputs)
     dense = peer_cost(size, inputs.plan.world_size, setup, "DDP").compute.mean
     sdp = sdp_cost(size, inputs.plan, setup).compute.mean
     return steps_for_dense_flops(training.flops_of_dense_steps, sdp, dense)

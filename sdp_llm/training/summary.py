@@ -8,17 +8,16 @@ import torch
 
 from sdp_llm.config import RunConfig, keys_without_effect
 from sdp_llm.plan.report import plan_report
-from sdp_llm.plan.size import CostSetup, ModelSize
+from sdp_llm.training.budget import run_size
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.trainer import Trainer
 
 
-def summary_card(
-    run: RunConfig, inputs: Inputs, size: ModelSize, setup: CostSetup, steps: int
-) -> str:
+def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
     """The plan, what it costs, the data and the budget."""
     assert run.model is not None
+    size, setup = run_size(run, inputs)
     batch = inputs.batch.global_batch
     epochs = steps * batch / len(inputs.train)
     ranks = inputs.plan.world_size
