@@ -354,7 +354,7 @@ def _shard(source: Source, run: RunConfig, timeout: timedelta) -> ShardedModel:
         dist.get_rank(),
         masking=run.sdp.masking,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
-        attn_implementation=run.model.attn_implementation if run.model else "sdpa",
+        attn_implementation=run.model.attn_implementation if run.model else None,
         gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
     )
     return materialize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime import lr_schedules
 
-from sdp_llm.config import RunConfig, deepspeed_dict
+from sdp_llm.config import RunConfig, optimizer_dict, scheduler_dict
 from sdp_llm.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def build_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim
     :raises ConfigError: for Lion, which torch does not have.
     """
     assert run.optimizer is not None
-    name, params = run.optimizer.type, dict(run.optimizer.params)
+    name, params = run.optimizer.type, optimizer_dict(run.optimizer)["params"]
     if name == "Lion":
         raise ConfigError('optimizer.type = "Lion": not available in a simulation; use "AdamW"')
     params.pop("torch_adam", None)
@@ -32,8 +32,8 @@ def build_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim
 
 def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """The scheduler that the config's ``scheduler`` section names, or None."""
-    section = deepspeed_dict(run, 1, total_steps).get("scheduler")
-    if section is None:
+    if run.scheduler is None:
         return None
+    section = scheduler_dict(run.scheduler, total_steps)
     classes = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
     return getattr(classes, section["type"])(optimizer, **section["params"])

@@ -8,8 +8,10 @@ from sdp_llm.config.describe import describe_keys, markdown_table
 from sdp_llm.config.emit import (
     deepspeed_dict,
     keys_without_effect,
+    optimizer_dict,
     require_pretraining,
     require_sections,
+    scheduler_dict,
     to_dict,
 )
 from sdp_llm.config.parse import load_config, parse_config
@@ -45,9 +47,11 @@ __all__ = [
     "keys_without_effect",
     "load_config",
     "markdown_table",
+    "optimizer_dict",
     "parse_config",
     "require_pretraining",
     "require_sections",
     "resolve_batch",
+    "scheduler_dict",
     "to_dict",
 ]

@@ -47,9 +47,9 @@ def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) 
     if config.communication_data_type is not None:
         result["communication_data_type"] = dump_communication_dtype(config.communication_data_type)
     if config.optimizer is not None:
-        result["optimizer"] = _optimizer(config.optimizer)
+        result["optimizer"] = optimizer_dict(config.optimizer)
     if config.scheduler is not None:
-        result["scheduler"] = _scheduler(config.scheduler, total_steps)
+        result["scheduler"] = scheduler_dict(config.scheduler, total_steps)
     for name in MONITORS:
         monitor = getattr(config, name)
         if monitor is not None:
@@ -111,15 +111,23 @@ def _section_dict(section: Any) -> dict[str, Any]:
     return result
 
 
-def _optimizer(optimizer: OptimizerConfig) -> dict[str, Any]:
+def optimizer_dict(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """The optimizer section that DeepSpeed gets."""
     params = dict(optimizer.params)
     if optimizer.type in ("Adam", "AdamW"):
         # Otherwise DeepSpeed compiles its own Adam, which needs a CUDA compiler on the machine.
         params["torch_adam"] = True
+        if not {"fused", "foreach"} & params.keys():
+            params["fused"] = True  # torch's other paths make copies of the shards
     return {"type": optimizer.type, "params": params}
 
 
-def _scheduler(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
+def scheduler_dict(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
+    """The scheduler section that DeepSpeed gets, with ``total_num_steps`` resolved.
+
+    Raises:
+        ConfigError: it is "auto" and ``total_steps`` is None.
+    """
     params = dict(scheduler.params)
     if params.get("total_num_steps") == AUTO:
         if total_steps is None:

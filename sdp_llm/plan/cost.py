@@ -222,8 +222,10 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
             continue
         if is_collected:
             here += r * sum(unit.numel for unit in pieces)
-        peak = max(peak, here + under_way, here + max(launched(unit) for unit in pieces))
+        # The pieces go in descending order, one at a time.
+        first, waited_for = pieces[0], pieces[1:] if setup.overlap else pieces
+        sent = received(first) + min(copies, 1) * r * first.numel
+        peak = max(peak, here + under_way, here + sent, *(here + launched(u) for u in waited_for))
         if setup.overlap:
-            # The pieces go in descending order, one at a time.
-            under_way = launched(pieces[0]) + (r * pieces[0].numel if is_collected else 0)
-    return round(peak)
+            under_way = launched(first) + (r * first.numel if is_collected else 0)
+    return round(max(peak, under_way))

@@ -70,6 +70,7 @@ def materialize(
             )
             bind(subnetwork.model, unit.views(), subnetwork.layout.aliases)
             units.append(unit)
+        del values  # before the next unit's are drawn
     if subnetwork.given is not None:
         subnetwork.given.clear()
     subnetwork.model.to(device)  # the buffers; every parameter is there already

@@ -119,6 +119,22 @@ class Unit:
         if self.flat.dtype != torch.float32:
             self.flat[self._optimised] = self.master
 
+    def _filled(
+        self,
+        values: Mapping[str, Tensor],
+        part: slice,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """The elements ``part`` of the unit, without a copy of the whole unit on the way."""
+        filled = torch.zeros(part.stop - part.start, dtype=dtype, device=device)
+        for spec, offset in zip(self.layout.parameters, self.offsets, strict=True):
+            start, stop = max(part.start, offset), min(part.stop, offset + spec.numel)
+            if start < stop:
+                value = values[spec.name].flatten()[start - offset : stop - offset]
+                filled[start - part.start : stop - part.start] = value
+        return filled
+
     def _parameter_slices(self) -> list[ParameterSlice]:
         first, last = self._optimised.start, self._optimised.stop
         found = []

@@ -71,11 +71,14 @@ class ModelLayout:
         return tuple(sizes)
 
 
-def empty_model(config: PretrainedConfig, attn_implementation: str = "sdpa") -> PreTrainedModel:
+def empty_model(
+    config: PretrainedConfig, attn_implementation: str | None = "sdpa"
+) -> PreTrainedModel:
     """The whole model with every parameter on the meta device and every buffer in place.
 
     Buffers (rotary frequencies) are small and computed by the constructor, so they are real.
 
+    :param attn_implementation: transformers' name of an attention; None lets it choose.
     :raises ConfigError: when transformers has no causal language model for this config.
     """
     try:
@@ -87,7 +90,8 @@ def empty_model(config: PretrainedConfig, attn_implementation: str = "sdpa") -> 
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.config: transformers cannot build a causal language model of type "
-            f"{config.model_type!r} with attention {attn_implementation!r}: {reason}"
+            f"{config.model_type!r} with model.attn_implementation = {attn_implementation!r}: "
+            f"{reason}"
         ) from error
     # Parameters moved to meta one by one lose the tie that the constructor made.
     model.tie_weights()

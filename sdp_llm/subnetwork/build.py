@@ -59,7 +59,7 @@ def build_subnetwork(
     *,
     masking: str = "forward",
     max_unit_numel: int | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> Subnetwork:
     """The structure of ``rank``'s subnetwork of the model that ``source`` describes.
@@ -83,7 +83,7 @@ def build_subnetwork(
     # The key-value cache of generation would be filled, and kept, in every training forward.
     model.config.use_cache = False
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     owned = set(plan.owned_blocks(rank))
     _, blocks = find_blocks(model)

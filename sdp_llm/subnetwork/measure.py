@@ -47,7 +47,7 @@ def load_model_config(path: str | Path) -> PretrainedConfig:
             "give a HuggingFace config such as configs/model/llama_10m.json"
         )
     try:
-        return AutoConfig.from_pretrained(file, local_files_only=True)
+        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -216,7 +216,7 @@ def _activations(
     whole = saved_bytes(model, tokens)
     stored = whole
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         stored = saved_bytes(model, tokens)
     freeze_blocks(blocks, ())
     frozen = saved_bytes(model, tokens)

@@ -127,7 +127,7 @@ class SimulationBackend:
         self._config = inputs.model
         self._scheduler = build_scheduler(run, self._simulation.optimizer, total_steps)
         if run.model.gradient_checkpointing:
-            self._simulation.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._simulation.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def lr(self) -> float:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from sdp_llm.config import RunConfig, keys_without_effect
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan import render_ownership
 from sdp_llm.plan.report import plan_report
 from sdp_llm.training.budget import run_size
 from sdp_llm.training.environment import device_type
@@ -17,13 +19,18 @@ from sdp_llm.training.trainer import Trainer
 def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
     """The plan, what it costs, the data and the budget."""
     assert run.model is not None
-    size, setup = run_size(run, inputs)
+    name = Path(run.model.config).stem
+    try:
+        plan_lines = plan_report(inputs.plan, *run_size(run, inputs), model=name)
+    except ConfigError as error:
+        # A model whose cost cannot be predicted (experts, convolutions) trains all the same.
+        plan_lines = f"{name}\n\n{render_ownership(inputs.plan)}\n\nno prediction: {error}"
     batch = inputs.batch.global_batch
     epochs = steps * batch / len(inputs.train)
     ranks = inputs.plan.world_size
     device = torch.cuda.get_device_name() if device_type() == "cuda" else "CPU (gloo)"
     lines = [
-        plan_report(inputs.plan, size, setup, model=Path(run.model.config).stem),
+        plan_lines,
         "",
         f"device      {device}, {ranks} rank{'s' if ranks > 1 else ''}",
         f"data        {len(inputs.train):,} samples of {inputs.train.sequence_length} tokens; "

@@ -90,6 +90,7 @@ CASES += [
     Case(bucket=3000),
     Case(stage=1, bucket=1500, masking="backward"),
     Case(clip=0.0),
+    Case(extra=(("model", {"config": "given", "gradient_checkpointing": True}),)),
     Case(stage=0, owners_per_block=4),
     Case(optimizer="SGD"),
     Case(optimizer="Adagrad"),

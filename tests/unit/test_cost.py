@@ -156,7 +156,7 @@ def test_literals_of_one_example() -> None:
     # Block 7 comes in while the head's buffers are under way on gloo: one parameter's gradient
     # and what is collected, then what the head sent and received and its fp32 sum.
     head_under_way = 2 * 720 + 2 * 720 + 4 * 720 // 4
-    head_launched = 2 * 700 + 2 * 720 + 2 * 720 + 4 * 720 // 4
+    head_launched = 2 * 700 + 2 * 720 + 2 * 720
     assert cost.memory.transient == max(head_launched, 2 * 120 + 2 * 240 + head_under_way)
     assert cost.memory.activations == 5000 + 70 + 5 * 1000
     assert cost.memory.total == 4800 + 3120 + 9360 + cost.memory.transient + 10070
@@ -188,9 +188,13 @@ def test_checkpointing_adds_a_forward_pass_of_each_block() -> None:
 def test_fp32_gradients_are_sent_from_their_place(stage: int) -> None:
     fp32 = rank_memory(_model(8), EVEN, CostSetup(stage=stage), 0)
     narrow = rank_memory(_model(8), EVEN, CostSetup(stage=stage, reduction_bytes=2), 0)
-    # The head: its largest gradient, what gloo receives, the fp32 shard; and bf16 copies.
-    assert fp32.transient == 4 * 700 + 4 * 720 + 720
-    assert narrow.transient == 4 * 700 + 2 * 720 + 720 + (2 - stage) * 2 * 720
+    # The head: its largest gradient, what gloo receives, and the bf16 copy that is sent.
+    assert fp32.transient == 4 * 700 + 4 * 720
+    assert narrow.transient == 4 * 700 + 2 * 720 + 2 * 720
+    # Waited for at once, its fp32 shard is there as well, and at stage 0 a second copy.
+    setup = CostSetup(stage=stage, reduction_bytes=2, overlap=False)
+    waited = rank_memory(_model(8), EVEN, setup, 0)
+    assert waited.transient == 4 * 700 + 2 * 720 + (2 - stage) * 2 * 720 + 720
 
 
 def test_nccl_receives_only_the_shard() -> None:
