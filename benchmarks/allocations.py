@@ -19,16 +19,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdp_llm.sharding import reducer
+from sdp_llm.sharding import optimizer, reducer
 
+BACKWARD = "activations"  # the phase in which autograd makes gradients
 TRANSIENT = "transient"
+STEP = "step"
+_PHASE_OF_FILE = {reducer.__file__: TRANSIENT, optimizer.__file__: STEP}
 
 
 class AllocationTracker(TorchDispatchMode):
     """Within it, counts the bytes of storages by the phase that allocated them.
 
     The phase is what :meth:`phase` says. What ``sharding/reducer.py`` allocates, and the gradients
-    that autograd hands to it, are of the phase :data:`TRANSIENT`.
+    that autograd hands to it, are of the phase :data:`TRANSIENT`; what the optimizer allocates in
+    its step, of :data:`STEP`.
 
     :ivar live: bytes alive now, by phase.
     :ivar peak: most bytes alive at a time, by phase, since :meth:`reset_peaks`.
@@ -57,18 +61,15 @@ class AllocationTracker(TorchDispatchMode):
         self.peak = self.live.copy()
         self.total_peak = self.live.total()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_reducing = _is_called_from(reducer.__file__, sys._getframe())
+        phase = _phase_of(sys._getframe()) or self._phase
         inputs = set()
         for tensor in _tensors((args, kwargs)):
             inputs.add(_address(tensor))
-            if is_reducing:
+            if phase == TRANSIENT:
                 self._hand_over(tensor)
         result = func(*args, **kwargs)
-        phase = TRANSIENT if is_reducing else self._phase
         for tensor in _tensors(result):
             # The result of an operation in place, or a view, is nothing new.
             if _address(tensor) not in inputs:
@@ -103,9 +104,6 @@ class AllocationTracker(TorchDispatchMode):
         self.total_peak = max(self.total_peak, self.live.total())
 
 
-BACKWARD = "activations"  # the phase in which autograd makes gradients
-
-
 def _tensors(tree: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.layout == torch.strided:
@@ -116,9 +114,11 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _is_called_from(file: str, frame: FrameType | None) -> bool:
+def _phase_of(frame: FrameType | None) -> str | None:
+    """The phase of the innermost caller that has one."""
     while frame is not None:
-        if frame.f_code.co_filename == file:
-            return True
+        phase = _PHASE_OF_FILE.get(frame.f_code.co_filename)
+        if phase is not None:
+            return phase
         frame = frame.f_back
-    return False
+    return None

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from benchmarks._case import Case, tokens_of_step, train_step
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
-from benchmarks.allocations import BACKWARD, TRANSIENT, AllocationTracker
+from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
 from benchmarks.storages import MODEL_STATE, sort_storages
 from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
@@ -36,9 +36,10 @@ STEPS = 2
 def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
     """Run on a rank: build, train two steps, and count. All values are bytes.
 
-    ``state`` is what a walk over all live storages finds after a step, by category, and
-    ``transient`` the most that the reduction of gradients held in the last step. ``*_peak`` are
-    the most bytes of all storages together in that phase.
+    Weights, gradients, optimizer and ``other`` are what a walk finds after a step, and
+    ``transient`` the most that the reduction of gradients held in the last step;
+    ``optimizer_step`` the most that the optimizer held beside its state. ``*_peak`` are the most
+    bytes of all storages together in that phase.
     """
     resident_at_start = _resident("VmRSS")
     tracker = AllocationTracker()
@@ -60,6 +61,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
         "others": [list(entry) for entry in found.others[:5]],
         TRANSIENT: tracker.peak[TRANSIENT],
         "activations": tracker.peak[BACKWARD],
+        "optimizer_step": tracker.peak[STEP] - tracker.live[STEP],
         "alive_after_step": alive,
         "built": built,
         "construction_peak": built_peak,

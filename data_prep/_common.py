@@ -27,8 +27,7 @@ def run_script(
 ) -> int:
     """Call ``run`` and turn what a person can cause into one line on stderr and a status.
 
-    Returns:
-        0, 2 for wrong input, 1 for a failing disk or network, 130 when interrupted.
+    :returns: 0, 2 for wrong input, 1 for a failing disk or network, 130 when interrupted.
     """
     # On a terminal the message replaces the progress line that it interrupts.
     name = "\r\x1b[2K" + script if sys.stderr.isatty() else script
@@ -54,11 +53,8 @@ def find_files(source: str) -> list[str]:
 
     A folder stands for every file below it with a known suffix.
 
-    Returns:
-        Paths; empty when nothing of this name is on the disk.
-
-    Raises:
-        ConfigError: A file has an unknown suffix, or a folder holds no text file.
+    :returns: Paths; empty when nothing of this name is on the disk.
+    :raises ConfigError: A file has an unknown suffix, or a folder holds no text file.
     """
     path = Path(source)
     if path.is_dir():
@@ -81,11 +77,8 @@ def read_file(path: str, text_column: str) -> Iterator[Any]:
 
     A row of JSONL or parquet is a document. A .txt file holds documents separated by blank lines.
 
-    Yields:
-        The value of the text column: a str, or None and other types where the data is bad.
-
-    Raises:
-        ConfigError: The file cannot be read, or has no such column.
+    :returns: The value of the text column: a str, or None and other types where the data is bad.
+    :raises ConfigError: The file cannot be read, or has no such column.
     """
     from datasets import load_dataset
 
@@ -107,8 +100,8 @@ def read_file(path: str, text_column: str) -> Iterator[Any]:
 def read_hub(source: str, name: str | None, text_column: str) -> Iterator[Any]:
     """Yield the documents of the train split of a dataset on the HuggingFace hub, streamed.
 
-    Raises:
-        ConfigError: There is no such dataset, configuration or column, or the hub is unreachable.
+    :raises ConfigError: There is no such dataset, configuration or column, or the hub is
+        unreachable.
     """
     from datasets import load_dataset
 
@@ -139,8 +132,7 @@ def _column(stream: Any, column: str, where: str) -> Iterator[Any]:
 def read_source(source: str, name: str | None, text_column: str) -> Iterator[Any]:
     """Yield the documents of local files (path, folder, glob) or of a dataset on the hub.
 
-    Raises:
-        ConfigError: see :func:`find_files`, :func:`read_file`, :func:`read_hub`.
+    :raises ConfigError: see :func:`find_files`, :func:`read_file`, :func:`read_hub`.
     """
     files = find_files(source)
     if not files:
@@ -195,8 +187,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     When the block raises, the partial folder is removed. What a killed run left is cleared; a
     lock on the folder keeps two runs from writing into it at the same time.
 
-    Raises:
-        ConfigError: OUTPUT exists, is being written by another run, or cannot be written.
+    :raises ConfigError: OUTPUT exists, is being written by another run, or cannot be written.
     """
     refuse_existing(output)
     partial = output.with_name(output.name + ".partial")
@@ -254,8 +245,8 @@ def sha256_of(path: Path) -> str:
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer that the trained model is exported with: ``AutoTokenizer``'s, from disk.
 
-    Raises:
-        ConfigError: The folder is missing, or transformers cannot load a fast tokenizer from it.
+    
+    :raises ConfigError: The folder is missing, or transformers cannot load a fast tokenizer from it.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -288,8 +279,7 @@ def encode_plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     able to write the separator of documents. The backend of ``tokenizer`` is called directly,
     which skips offsets and masks: about a third faster than calling the tokenizer.
 
-    Returns:
-        Token ids, one list per text.
+    :returns: Token ids, one list per text.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

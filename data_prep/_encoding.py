@@ -149,8 +149,7 @@ def encode_all(
     One worker, or a small source, is encoded by this process. At most a few chunks per worker are
     under way, so that memory does not depend on the size of the source.
 
-    Raises:
-        OSError: A worker process was killed.
+    :raises OSError: A worker process was killed.
     """
     chunks = chunked(documents)
     if workers == 1:

@@ -54,8 +54,7 @@ def sample_documents(
 
     What a short file leaves over goes to the files after it.
 
-    Returns:
-        (training documents, held-out documents); a document's own hash says which it is.
+    :returns: (training documents, held-out documents); a document's own hash says which it is.
     """
     training: list[str] = []
     held_out: list[str] = []
@@ -107,8 +106,7 @@ def _heartbeat(progress: Progress, message: str) -> Iterator[None]:
 def train_sentencepiece(documents: list[str], vocab_size: int) -> bytes:
     """Train on the lines of ``documents``; returns the bytes of tokenizer.model.
 
-    Raises:
-        ConfigError: The text does not support ``vocab_size`` pieces.
+    :raises ConfigError: The text does not support ``vocab_size`` pieces.
     """
     import sentencepiece
 
@@ -190,11 +188,8 @@ def decoded_form(text: str) -> str:
 def check_tokenizer(folder: Path, texts: list[str]) -> Any:
     """Load ``folder`` with AutoTokenizer and check that texts survive encoding and decoding.
 
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ConfigError: A text comes back changed, or the special ids are not 0, 1, 2.
+    :returns: The tokenizer.
+    :raises ConfigError: A text comes back changed, or the special ids are not 0, 1, 2.
     """
     tokenizer = load_tokenizer(folder)
     special = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

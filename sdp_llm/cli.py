@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sdp_llm.config import RunConfig, load_config
 from sdp_llm.errors import ConfigError, TrainingStopped
+
+# Launchers look at their ranks about once per second and send SIGTERM to all as soon as one has
+# failed. Ranks that start together differ by less than this in when they reach a line of code.
+GRACE_S = 2.0
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -35,6 +42,22 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.deepspeed_config, arguments.set)
 
 
+@contextmanager
+def until_checked() -> Iterator[None]:
+    """Within, this rank does not end by SIGTERM but goes on to what is wrong with its input.
+
+    On a busy machine the ranks' imports differ by seconds: the launcher would end the slower ranks
+    before they can say why. Where nothing is wrong the signal takes effect at the end, so nothing
+    that waits for another rank belongs here.
+    """
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield  # an error leaves the handler as it is: its line comes next, then the process ends
+    signal.signal(signal.SIGTERM, before)
+    if received:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def run_command(
     name: str, run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 ) -> int:
@@ -48,10 +71,15 @@ def run_command(
     except (ConfigError, TrainingStopped) as error:
         if arguments.debug:
             raise
-        # Every rank prints: a launcher may end the others as soon as one has failed.
+        # Every rank prints: on a cluster each may have a log of its own, and the input may be wrong
+        # on one machine only.
         rank = os.environ.get("RANK")
         where = f" [rank {rank}]" if rank is not None else ""
-        print(f"{name}: error:{where} {error}", file=sys.stderr, flush=True)
+        # One write: print would write the end of the line by itself, between other ranks' lines.
+        sys.stderr.write(f"{name}: error:{where} {error}\n")
+        sys.stderr.flush()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(GRACE_S)
         return 2 if isinstance(error, ConfigError) else 3
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -28,8 +28,7 @@ def resolve_batch(config: RunConfig, world_size: int) -> BatchSizes:
 
     Where only one size is given, accumulation is 1.
 
-    Raises:
-        ConfigError: no size is given, or the given ones do not fit `world_size`.
+    :raises ConfigError: no size is given, or the given ones do not fit `world_size`.
     """
     total = config.train_batch_size
     micro = config.train_micro_batch_size_per_gpu

@@ -25,14 +25,11 @@ def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) 
     ZeRO and clipping are off in it, because `sharding/` does both; `steps_per_print` is left out,
     which silences DeepSpeed's own log lines.
 
-    Args:
-        config: the run config.
-        world_size: number of ranks.
-        total_steps: optimizer steps of the budget, for `total_num_steps: "auto"`.
-
-    Raises:
-        ConfigError: the batch sizes contradict each other, or `total_num_steps` is "auto" and
-            there is no budget.
+    :param config: the run config.
+    :param world_size: number of ranks.
+    :param total_steps: optimizer steps of the budget, for `total_num_steps: "auto"`.
+    :raises ConfigError: the batch sizes contradict each other, or `total_num_steps` is "auto" and
+        there is no budget.
     """
     batch = resolve_batch(config, world_size)
     result: dict[str, Any] = {
@@ -60,8 +57,7 @@ def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) 
 def require_sections(config: RunConfig, *names: str) -> None:
     """Check that optional sections are there, such as "model", "data", "training", "optimizer".
 
-    Raises:
-        ConfigError: names the sections that are missing.
+    :raises ConfigError: names the sections that are missing.
     """
     missing = [name for name in names if getattr(config, name) is None]
     if missing:
@@ -74,8 +70,7 @@ def require_sections(config: RunConfig, *names: str) -> None:
 def require_pretraining(config: RunConfig) -> None:
     """Check that the config says all that a pretraining run needs.
 
-    Raises:
-        ConfigError: names what is missing.
+    :raises ConfigError: names what is missing.
     """
     require_sections(config, "model", "data", "optimizer")
     if not config.training.budgets():
@@ -125,8 +120,7 @@ def optimizer_dict(optimizer: OptimizerConfig) -> dict[str, Any]:
 def scheduler_dict(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
     """The scheduler section that DeepSpeed gets, with ``total_num_steps`` resolved.
 
-    Raises:
-        ConfigError: it is "auto" and ``total_steps`` is None.
+    :raises ConfigError: it is "auto" and ``total_steps`` is None.
     """
     params = dict(scheduler.params)
     if params.get("total_num_steps") == AUTO:

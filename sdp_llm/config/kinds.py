@@ -54,10 +54,9 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 def unknown(path: str, known: Sequence[str], elsewhere: str | None = None) -> ConfigError:
     """The error for a key that nobody knows.
 
-    Args:
-        path: the full path of the key.
-        known: names of the keys that exist beside it.
-        elsewhere: full path of a key of exactly this name in another section.
+    :param path: the full path of the key.
+    :param known: names of the keys that exist beside it.
+    :param elsewhere: full path of a key of exactly this name in another section.
     """
     parent, _, name = path.rpartition(".")
     close = nearest(name, known)

@@ -19,12 +19,9 @@ from sdp_llm.errors import ConfigError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run config from a JSON file.
 
-    Args:
-        path: the file.
-        overrides: `a.b=VALUE`, applied in order before anything is checked; see `parse_config`.
-
-    Raises:
-        ConfigError: the file cannot be read, is not strict JSON, or breaks a rule.
+    :param path: the file.
+    :param overrides: `a.b=VALUE`, applied in order before anything is checked; see `parse_config`.
+    :raises ConfigError: the file cannot be read, is not strict JSON, or breaks a rule.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -50,12 +47,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Check a run config that is already in memory; null stands for a key that is not given.
 
-    Args:
-        mapping: what the JSON file would hold.
-        overrides: `a.b=VALUE`; VALUE is JSON, or else a plain string. null removes the key.
-
-    Raises:
-        ConfigError: a key is unknown or unsupported, or a value breaks its rule.
+    :param mapping: what the JSON file would hold.
+    :param overrides: `a.b=VALUE`; VALUE is JSON, or else a plain string. null removes the key.
+    :raises ConfigError: a key is unknown or unsupported, or a value breaks its rule.
     """
     tree = copy.deepcopy(dict(mapping))
     for override in overrides:

@@ -82,12 +82,9 @@ class IndexedDatasetWriter:
     Until then they have the names PREFIX.bin.tmp and PREFIX.idx.tmp. Used as a context manager it
     closes at the end of the block, and removes the temporary files when the block raises.
 
-    Args:
-        prefix: Path without ``.bin`` / ``.idx``; its folder must exist.
-        dtype: Integer dtype of the ids on disk, see :func:`best_dtype`.
-
-    Raises:
-        ConfigError: The dtype is not an integer type of the format, or the files exist already.
+    :param prefix: Path without ``.bin`` / ``.idx``; its folder must exist.
+    :param dtype: Integer dtype of the ids on disk, see :func:`best_dtype`.
+    :raises ConfigError: The dtype is not an integer type of the format, or the files exist already.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
@@ -113,9 +110,9 @@ class IndexedDatasetWriter:
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document of ``ids``, shape [length], any integer dtype.
 
-        Raises:
-            ValueError: ``ids`` is not one-dimensional, has an id that ``dtype`` cannot hold (which
-                numpy would wrap silently), or the writer is closed.
+        :raises ValueError: ``ids`` is not one-dimensional, has an id that ``dtype`` cannot hold
+            (which
+            numpy would wrap silently), or the writer is closed.
         """
         if self._bin is None:
             raise ValueError(f"{self._final[0]}: the writer is closed")
@@ -188,11 +185,8 @@ class IndexedDatasetWriter:
 class IndexedDataset:
     """Read PREFIX.bin and PREFIX.idx through memory maps; opening reads the index once.
 
-    Args:
-        prefix: Path without ``.bin`` / ``.idx``.
-
-    Raises:
-        ConfigError: A file is missing, is not in this format, or the two do not fit together.
+    :param prefix: Path without ``.bin`` / ``.idx``.
+    :raises ConfigError: A file is missing, is not in this format, or the two do not fit together.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -272,8 +266,7 @@ class IndexedDataset:
     def document(self, index: int) -> npt.NDArray[np.int64]:
         """Return the token ids of one document, int64 of shape [length].
 
-        Raises:
-            IndexError: ``index`` is not in ``[0, num_documents)``.
+        :raises IndexError: ``index`` is not in ``[0, num_documents)``.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents} in {self.prefix}")
@@ -283,9 +276,9 @@ class IndexedDataset:
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return ``[start, stop)`` of the concatenated documents, int64 of shape [stop - start].
 
-        Raises:
-            IndexError: The range is not within ``[0, num_tokens]``; unlike a Python slice, a short
-                answer would silently shift every later sample.
+    
+        :raises IndexError: The range is not within ``[0, num_tokens]``; unlike a Python slice, a short
+            answer would silently shift every later sample.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.num_tokens} in {self.prefix}")

@@ -26,12 +26,9 @@ _ROUNDS = 8  # a Feistel network needs 4 to look random; 8 keep small domains we
 class PackedDataset:
     """The samples of one corpus at one sequence length.
 
-    Args:
-        dataset: The token stream.
-        sequence_length: ``S``, the tokens a model reads at a time.
-
-    Raises:
-        ConfigError: ``sequence_length`` is below 1 or the corpus is shorter than one sample.
+    :param dataset: The token stream.
+    :param sequence_length: ``S``, the tokens a model reads at a time.
+    :raises ConfigError: ``sequence_length`` is below 1 or the corpus is shorter than one sample.
     """
 
     def __init__(self, dataset: IndexedDataset, sequence_length: int) -> None:
@@ -87,14 +84,11 @@ def permute(
     that land outside ``[0, num_samples)`` walk on along their cycle until they are inside
     ("cycle walking", Black and Rogaway 2002), less than four passes on average.
 
-    Args:
-        positions: int64 of any shape, values in ``[0, num_samples)``.
-        num_samples: Samples per epoch, at least 1.
-        seed: Seed of the run.
-        epoch: Number of the epoch; every epoch has an order of its own.
-
-    Returns:
-        int64 of the same shape.
+    :param positions: int64 of any shape, values in ``[0, num_samples)``.
+    :param num_samples: Samples per epoch, at least 1.
+    :param seed: Seed of the run.
+    :param epoch: Number of the epoch; every epoch has an order of its own.
+    :returns: int64 of the same shape.
     """
     half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
@@ -115,11 +109,8 @@ def samples_at(seed: int, first: int, count: int, num_samples: int) -> npt.NDArr
 
     Each epoch of ``num_samples`` visits every sample once; a range may span several epochs.
 
-    Returns:
-        int64 of shape [count], values in ``[0, num_samples)``.
-
-    Raises:
-        ValueError: ``first`` or ``count`` is negative, or ``num_samples`` is below 1.
+    :returns: int64 of shape [count], values in ``[0, num_samples)``.
+    :raises ValueError: ``first`` or ``count`` is negative, or ``num_samples`` is below 1.
     """
     if first < 0 or count < 0 or num_samples < 1:
         raise ValueError(f"first {first}, count {count} >= 0 and num_samples {num_samples} >= 1")
@@ -146,8 +137,7 @@ def batch_indices(
 def rank_slice(global_batch_size: int, rank: int, world_size: int) -> slice:
     """Return rank ``rank``'s part of the global batch: the rank-th contiguous slice.
 
-    Raises:
-        ConfigError: The world size does not divide the global batch, or there is no such rank.
+    :raises ConfigError: The world size does not divide the global batch, or there is no such rank.
     """
     if world_size < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of world size {world_size}: must be in [0, world size)")
@@ -173,12 +163,9 @@ def batch_for_rank(
     Together the ranks read samples number ``samples_consumed`` to
     ``samples_consumed + global_batch_size - 1`` of the run, in rank order, at any world size.
 
-    Returns:
-        int64 of shape [global_batch_size / world_size, S + 1].
-
-    Raises:
-        ConfigError: The world size does not divide the global batch, or the corpus is smaller
-            than one global batch (a step would read a sample twice).
+    :returns: int64 of shape [global_batch_size / world_size, S + 1].
+    :raises ConfigError: The world size does not divide the global batch, or the corpus is smaller
+        than one global batch (a step would read a sample twice).
     """
     part = rank_slice(global_batch_size, rank, world_size)
     if dataset.num_samples < global_batch_size:
@@ -196,11 +183,8 @@ def validation_samples(dataset: PackedDataset, limit: int) -> npt.NDArray[np.int
 
     Deterministic and without a seed, so that every run and every rank evaluates the same text.
 
-    Returns:
-        int64 of shape [min(limit, num_samples)], no index twice.
-
-    Raises:
-        ConfigError: ``limit`` is below 1.
+    :returns: int64 of shape [min(limit, num_samples)], no index twice.
+    :raises ConfigError: ``limit`` is below 1.
     """
     if limit < 1:
         raise ConfigError(f"limit of {limit} validation samples: must be at least 1")

@@ -60,13 +60,10 @@ def disagreement(
 ) -> float:
     """The factor `lam = n * eigmax(sum_b omega_b w_b w_b^T)` of the module's formulas.
 
-    Args:
-        owner_sets: one set of ranks per free block.
-        world_size: number of ranks `n`.
-        weights: one positive number per block, in any unit; they are normalised to sum 1.
-
-    Returns:
-        0.0 without blocks and when every block is owned by all ranks.
+    :param owner_sets: one set of ranks per free block.
+    :param world_size: number of ranks `n`.
+    :param weights: one positive number per block, in any unit; they are normalised to sum 1.
+    :returns: 0.0 without blocks and when every block is owned by all ranks.
     """
     if not owner_sets:
         return 0.0
@@ -98,13 +95,11 @@ def is_connected(owner_sets: Sequence[Sequence[int]], world_size: int) -> bool:
 def analyze(plan: Plan, block_numel: Sequence[int] | None = None) -> PlanAnalysis:
     """Compute what a plan does to the averages.
 
-    Args:
-        plan: any plan.
-        block_numel: number of parameters of each block, indexed by global block index, pinned
-            blocks included. None: all blocks are equally large.
-
-    Raises:
-        ValueError: `block_numel` has another length than the plan has blocks, or a size below 1.
+    :param plan: any plan.
+    :param block_numel: number of parameters of each block, indexed by global block index, pinned
+        blocks included. None: all blocks are equally large.
+    :raises ValueError: `block_numel` has another length than the plan has blocks, or a size below
+        1.
     """
     numel = [1] * plan.num_blocks if block_numel is None else list(block_numel)
     if len(numel) != plan.num_blocks or min(numel) < 1:

@@ -98,21 +98,18 @@ def make_plan(
 ) -> Plan:
     """Assign blocks to ranks; the same arguments give the same plan on every rank.
 
-    Args:
-        world_size: number of ranks `n`.
-        num_blocks: number of blocks `L`.
-        coverage: share of the ranks that own each free block; `coverage * n` must be whole.
-        owners_per_block: the same as a number of ranks `p`.
-        strategy: how free blocks are assigned, see `strategies.py`.
-        seed: of "random", and of the candidates of "balanced".
-        pinned_first: how many of the first blocks every rank owns.
-        pinned_last: how many of the last blocks every rank owns.
-        owner_sets: one list of ranks for each of the `L` blocks. What all ranks own is then
-            pinned; strategy and pinned counts are ignored.
-
-    Raises:
-        ConfigError: not exactly one of coverage, owners_per_block and owner_sets is given, a
-            value breaks its rule, or a rank is left without a block.
+    :param world_size: number of ranks `n`.
+    :param num_blocks: number of blocks `L`.
+    :param coverage: share of the ranks that own each free block; `coverage * n` must be whole.
+    :param owners_per_block: the same as a number of ranks `p`.
+    :param strategy: how free blocks are assigned, see `strategies.py`.
+    :param seed: of "random", and of the candidates of "balanced".
+    :param pinned_first: how many of the first blocks every rank owns.
+    :param pinned_last: how many of the last blocks every rank owns.
+    :param owner_sets: one list of ranks for each of the `L` blocks. What all ranks own is then
+        pinned; strategy and pinned counts are ignored.
+    :raises ConfigError: not exactly one of coverage, owners_per_block and owner_sets is given, a
+        value breaks its rule, or a rank is left without a block.
     """
     if world_size < 1:
         raise ConfigError(f"world size = {world_size}: must be at least 1; start at least one rank")

@@ -201,17 +201,20 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
       unit are collected together, since the first parameter of a block completes last.
 
-    With overlap the unit under way keeps its buffers while the next one comes in. An upper bound,
-    reached but for the order in which a unit's parameters complete (a few percent at stage 2).
+    With overlap the unit under way keeps its buffers while the next one comes in, and is summed
+    when that one is launched. An upper bound, reached but for the order in which a unit's
+    parameters complete (a few percent at stage 2).
     """
     r = setup.reduction_bytes
     is_collected = setup.stage == 2
     copies = 0 if is_collected or r == FP32_BYTES else 2 - setup.stage
 
+    def received(unit: UnitSize) -> float:
+        return unit.numel * (r if setup.backend == "gloo" else r / len(_owners(plan, unit)))
+
     def launched(unit: UnitSize) -> float:
-        p = len(_owners(plan, unit))
-        received = r if setup.backend == "gloo" else r / p
-        return unit.numel * (copies * r + received + FP32_BYTES / p)
+        summed = FP32_BYTES / len(_owners(plan, unit))
+        return received(unit) + unit.numel * (copies * r + summed)
 
     peak = under_way = 0.0
     groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]

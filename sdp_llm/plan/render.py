@@ -19,8 +19,7 @@ def render_ownership(plan: Plan) -> str:
     the middle ones are left out with a note. With more than 64 blocks the matrix is cut into
     panels below each other, the last of which has the margin.
 
-    Returns:
-        Lines joined by newlines, without a newline at the end.
+    :returns: Lines joined by newlines, without a newline at the end.
     """
     title = (
         f"{plan.world_size} ranks, {plan.num_blocks} blocks, coverage {plan.coverage} of the free "

@@ -104,9 +104,8 @@ def _spread_pairs(
     constants it is the sum of the squared eigenvalues behind lambda, it pushes the largest down
     together with the others, and it is an integer: no rounding decides a swap.
 
-    Args:
-        sets: the distinct owner sets, at most one per rank.
-        repeats: how many blocks have each set; any two differ by one at most.
+    :param sets: the distinct owner sets, at most one per rank.
+    :param repeats: how many blocks have each set; any two differ by one at most.
     """
     members = [list(owners) for owners in sets]
     masks = [sum(1 << rank for rank in owners) for owners in sets]

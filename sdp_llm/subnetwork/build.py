@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
 from sdp_llm.subnetwork.adapter import (
     ModelLayout,
@@ -67,12 +68,12 @@ def build_subnetwork(
     :param source: a config, from which nothing but the structure is built, or a model whose
         values are kept in :attr:`Subnetwork.given` and whose modules are taken over.
     :param max_unit_numel: units with more elements are split (``reduce_bucket_size``).
-    :raises ConfigError: when the model has no single list of blocks, or another depth than the
-        plan.
+    :raises ConfigError: when the model has no single list of blocks, or a frozen parameter.
     """
     given = None
     if isinstance(source, PreTrainedModel):
         model = source
+        _check_trainable(model)
         layout = model_layout(model, max_unit_numel)
         given = {spec.name: model.get_parameter(spec.name).data for spec in layout.parameters}
         bind(model, {name: value.to("meta") for name, value in given.items()}, layout.aliases)
@@ -93,6 +94,15 @@ def build_subnetwork(
     else:
         freeze_blocks(blocks, owned)
     return Subnetwork(model, config, layout, plan, rank, masking, absent, given)
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f"model: {frozen[0]} is frozen ({len(frozen)} parameters are); SDP trains all of them "
+            "and decays their weights: call model.requires_grad_(True) before"
+        )
 
 
 def initial_values(

@@ -1,0 +1,319 @@
+"""The engine in a user's own loop."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import lr_schedules
+from transformers import LlamaForCausalLM
+
+from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan import make_plan
+from sdp_llm.simulation import Simulation
+from tests.distributed.compare import whole
+from tests.distributed.pool import Pool
+from tests.distributed.tiny import (
+    SAMPLES_PER_RANK,
+    Case,
+    batch,
+    forward_backward,
+    gradients,
+    llama,
+    masters,
+    my_slice,
+    run_config,
+    weights,
+)
+
+Pools = Callable[[int], Pool]
+
+
+def build(case: Case, **arguments: Any) -> SDPEngine:
+    """Run on a rank: an engine of the tiny Llama."""
+    return initialize(llama(case.is_tied), run_config(case), **arguments)[0]
+
+
+def hf_loss(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss that the model itself computes."""
+    return engine(input_ids=tokens, labels=tokens).loss
+
+
+def simulation(case: Case) -> Simulation:
+    """The oracle of a case."""
+    plan = make_plan(case.world_size, 6, owners_per_block=case.owners_per_block)
+
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, **case.optimizer_params)
+
+    return Simulation(llama(case.is_tied), plan, optimizer, seed=7, max_norm=case.clip)
+
+
+# -- the loop ---------------------------------------------------------------------------------
+
+
+def user_loop(case: Case, steps: int) -> list[dict[str, Any]]:
+    """Run on a rank: DeepSpeed's usual loop; what the user sees after every micro-batch."""
+    engine = build(case)
+    seen = []
+    for step in range(steps):
+        for part in my_slice(step).chunk(engine.gradient_accumulation_steps()):
+            loss = hf_loss(engine, part)
+            engine.backward(loss)
+            boundary = engine.is_gradient_accumulation_boundary()
+            engine.step()
+            seen.append(
+                {
+                    "boundary": (boundary, engine.was_step_applied()),
+                    "steps": (engine.micro_steps, engine.global_steps, engine.global_samples),
+                    "norm": engine.get_global_grad_norm(),
+                    "lr": engine.get_lr(),
+                }
+            )
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_user_loop(stage: int, pools: Pools) -> None:
+    case, steps = Case(stage=stage, accumulation=3), 2
+    oracle = simulation(case)
+    expected = [oracle.step(batch(step, 4)).grad_norm for step in range(steps)]
+    for seen in pools(4).run(user_loop, case, steps):
+        assert [entry["boundary"] for entry in seen] == [(i % 3 == 2,) * 2 for i in range(6)]
+        last = 4 * SAMPLES_PER_RANK
+        assert [entry["steps"] for entry in seen[2::3]] == [(3, 1, last), (6, 2, 2 * last)]
+        norms = [entry["norm"] for entry in seen[2::3]]
+        np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
+    ("WarmupLR", {"warmup_max_lr": 1e-3, "warmup_num_steps": 3, "warmup_type": "linear"}),
+    ("WarmupCosineLR", {"total_num_steps": 6, "warmup_num_steps": 2}),
+    ("StepLR", {"step_size": 2, "gamma": 0.5}),
+    ("CosineAnnealingLR", {"T_max": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "params"), SCHEDULERS, ids=[name for name, _ in SCHEDULERS])
+def test_schedulers(name: str, params: dict[str, Any], pools: Pools) -> None:
+    """All ranks know the learning rates of the same scheduler on a plain optimizer."""
+    steps = 4
+    extra = (("scheduler", {"type": name, "params": params}),)
+    seen = pools(4).run(user_loop, Case(stage=1, owners_per_block=1, extra=extra), steps)
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    plain = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=1e-3)
+    module = lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler
+    scheduler = getattr(module, name)(plain, **params)
+    expected = []
+    for _ in range(steps):
+        plain.step()
+        scheduler.step()
+        expected.append([group["lr"] for group in plain.param_groups])
+    assert len({lr[0] for lr in expected}) > 1
+    for entries in seen:
+        assert [entry["lr"] for entry in entries] == expected
+
+
+def with_callables() -> tuple[list[Any], list[Any], str, bool]:
+    """Run on a rank: two steps with functions instead of the config's sections."""
+    case = Case(2, optimizer="RMSprop")
+    config = run_config(case)
+    del config["optimizer"]
+    engine, optimizer, loader, scheduler = initialize(
+        llama(),
+        config,
+        optimizer=lambda groups: torch.optim.RMSprop(groups, **case.optimizer_params),
+        lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0),
+    )
+    assert loader is None
+    assert scheduler is engine.lr_scheduler
+    plain = build(case)
+    for step in range(2):
+        for each in (engine, plain):
+            forward_backward(each, step)
+            each.step()
+    kind = type(optimizer.inner).__name__
+    is_same = scheduler.last_epoch == 2 and optimizer is engine.optimizer
+    return masters(engine.sharded.owned), masters(plain.sharded.owned), kind, is_same
+
+
+def test_functions_that_make_optimizer_and_scheduler(pools: Pools) -> None:
+    for found, expected, kind, is_same in pools(2).run(with_callables):
+        assert kind == "RMSprop"
+        assert is_same
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a[3], b[3], err_msg=a[0])
+
+
+def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
+    """Run on a rank: the ConfigError of a wrong call."""
+    model = LlamaForCausalLM(llama())
+    frozen = arguments.pop("frozen", None)
+    if frozen:
+        model.get_parameter(frozen).requires_grad_(False)
+    try:
+        initialize(model if frozen else llama(), config, **arguments)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_wrong_calls_get_one_line(pools: Pools) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    config = run_config(Case(2))
+    bare = {name: value for name, value in config.items() if name != "optimizer"}
+    calls: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"optimizer": optimizer}, config, "optimizer: SGD is an instance"),
+        ({"lr_scheduler": scheduler}, config, "lr_scheduler: StepLR is an instance"),
+        ({}, bare, "optimizer: missing"),
+        ({"frozen": "model.norm.weight"}, config, "model: model.norm.weight is frozen"),
+        ({}, config | {"train_batch_size": 7}, "train_batch_size"),
+    ]
+    for arguments, given, start in calls:
+        for message in pools(2).run(error_of, arguments, given):
+            assert message.startswith(start)
+            assert "\n" not in message
+
+
+# -- where the values come from -----------------------------------------------------------------
+
+
+def initial(case: Case) -> dict[str, np.ndarray]:
+    """Run on a rank: the weights that it starts from."""
+    return weights(build(case))
+
+
+def test_initial_values_depend_on_neither_ranks_nor_plan(pools: Pools) -> None:
+    expected = {name: m.detach().numpy() for name, m in simulation(Case()).masters.items()}
+    cyclic = ("sdp", {"owners_per_block": 3, "strategy": "cyclic", "pinned_last": 0})
+    cases = [
+        Case(2, stage=0, owners_per_block=1),
+        Case(4, "backward", stage=1),
+        Case(4, extra=(cyclic,)),
+        Case(4, bucket=1500),
+    ]
+    for case in cases:
+        found = whole(pools(case.world_size).run(initial, case))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=f"{case}: {name}")
+
+
+def from_own_model(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[int]]:
+    """Run on a rank: build a model under this rank's seed, and initialize with it."""
+    torch.manual_seed(100 + dist.get_rank())
+    model = LlamaForCausalLM(llama())
+    own = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    engine, *_ = initialize(model, run_config(case))
+    return own, weights(engine), list(engine.plan.owned_blocks(dist.get_rank()))
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_a_given_model_becomes_the_lowest_ranks(masking: str, pools: Pools) -> None:
+    results = pools(4).run(from_own_model, Case(masking=masking, owners_per_block=2))
+    found = whole([stored for _, stored, _ in results])
+    sources = set()
+    for name, value in found.items():
+        source = 0
+        if masking == "forward" and name.startswith("model.layers."):
+            block = int(name.split(".")[2])
+            source = min(r for r, (_, _, owned) in enumerate(results) if block in owned)
+        sources.add(source)
+        np.testing.assert_array_equal(value, results[source][0][name], err_msg=name)
+    assert len(sources) == (1 if masking == "backward" else len(sources)) > 0
+    assert found.keys() == results[0][0].keys()
+    if masking == "forward":
+        assert len(sources) > 1, "some block's lowest owner is not rank 0"
+
+
+def storage_report() -> dict[str, Any]:
+    """Run on a rank: which parameters have storage, in the model and beside it."""
+    engine = build(Case())
+    subnetwork, parameters = engine.sharded.subnetwork, list(engine.module.parameters())
+    absent = [p for block in subnetwork.absent.values() for p in block.parameters()]
+    in_model = {name for name, p in engine.module.named_parameters() if not p.is_meta}
+    pointers = {unit.flat.untyped_storage().data_ptr() for unit in engine.sharded.units}
+    return {
+        "owned": set(engine.plan.owned_blocks(dist.get_rank())),
+        "absent": (sorted(subnetwork.absent), len(absent), all(p.is_meta for p in absent)),
+        "blocks": {int(n.split(".")[2]) for n in in_model if n.startswith("model.layers.")},
+        "any meta": any(p.is_meta for p in parameters),
+        "in units": {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+        == pointers,
+        "views": all(
+            piece.tensor.untyped_storage().data_ptr() in pointers
+            for unit in engine.sharded.owned
+            for piece in unit.slices
+        ),
+    }
+
+
+def test_absent_blocks_have_no_storage(pools: Pools) -> None:
+    for found in pools(4).run(storage_report):
+        absent = sorted(set(range(6)) - found["owned"])
+        assert absent
+        assert found["absent"] == (absent, 9 * len(absent), True)
+        assert found["blocks"] == found["owned"]
+        assert not found["any meta"]
+        assert found["in units"]
+        assert found["views"], "fp32 masters are views of the weights"
+
+
+def different_plans() -> str:
+    """Run on a rank: start with a plan that only this rank has."""
+    sets = [[0, 1], [dist.get_rank()], [0, 1], [0, 1], [0, 1], [0, 1]]
+    try:
+        build(Case(2, extra=(("sdp", {"owner_sets": sets}),)))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_plans_stop_at_the_start(pools: Pools) -> None:
+    for message in pools(2).run(different_plans):
+        assert message.startswith("the plan on ranks [1] differs from rank 0's")
+
+
+# -- the monitor and the data loader --------------------------------------------------------------
+
+
+def with_monitor(folder: str) -> None:
+    """Run on a rank: three steps with a learning rate that halves."""
+    monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
+    scheduler = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
+    engine = build(Case(2, extra=(("csv_monitor", monitor), ("scheduler", scheduler))))
+    for step in range(3):
+        forward_backward(engine, step)
+        engine.step()
+
+
+def test_monitor_writes_the_learning_rate(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(with_monitor, str(tmp_path))
+    (path,) = tmp_path.rglob("*lr.csv")
+    rows = list(csv.reader(path.open()))
+    assert [float(lr) for _, lr in rows[1:]] == [5e-4, 2.5e-4, 1.25e-4]
+    assert [float(samples) for samples, _ in rows[1:]] == [6, 12, 18]
+
+
+def with_training_data() -> tuple[int, list[int]]:
+    """Run on a rank: how many micro-batches the data loader has, and which samples."""
+    data = list(batch(0, 2))
+    engine, _, loader, _ = initialize(llama(), run_config(Case(2)), training_data=data)
+    # The other one starts worker processes, which a rank of the pool may not.
+    seen = torch.cat(list(engine.deepspeed_io(data, num_local_io_workers=0)))
+    return len(loader), [int((torch.stack(data) == row).all(1).int().argmax()) for row in seen]
+
+
+def test_training_data_is_split_between_the_ranks(pools: Pools) -> None:
+    first, second = pools(2).run(with_training_data)
+    assert sorted(first[1] + second[1]) == list(range(2 * SAMPLES_PER_RANK))
+    assert len(first[1]) == len(second[1])
+    assert first[0] == second[0] == 1
