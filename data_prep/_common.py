@@ -245,8 +245,9 @@ def sha256_of(path: Path) -> str:
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer that the trained model is exported with: ``AutoTokenizer``'s, from disk.
 
-    
-    :raises ConfigError: The folder is missing, or transformers cannot load a fast tokenizer from it.
+
+    :raises ConfigError: The folder is missing, or transformers cannot load a fast tokenizer from
+        it.
     """
     if not folder.is_dir():
         raise ConfigError(

@@ -276,8 +276,9 @@ class IndexedDataset:
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return ``[start, stop)`` of the concatenated documents, int64 of shape [stop - start].
 
-    
-        :raises IndexError: The range is not within ``[0, num_tokens]``; unlike a Python slice, a short
+
+        :raises IndexError: The range is not within ``[0, num_tokens]``; unlike a Python slice, a
+            short
             answer would silently shift every later sample.
         """
         if not 0 <= start <= stop <= self.num_tokens:

@@ -53,7 +53,7 @@ def closing_lines(trainer: Trainer) -> str:
         bits = trainer.bits_per_byte(result)
         text = f", {bits:.4f} bits per byte" if bits is not None else ""
         lines.append(
-            f"whole model's validation loss {result.loss:.4f} nats per token{text} "
+            f"whole model's validation loss {result.loss:.6f} nats per token{text} "
             f"({result.tokens:,} tokens)"
         )
     if trainer.run.training.export:
