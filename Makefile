@@ -22,7 +22,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 tokenizers/demo/tokenizer.json: $(STAMP)
 	test -s data/demo.jsonl || $(BIN)/python data_prep/python_corpus.py --output data/demo.jsonl
-	test -s $@ || $(BIN)/python data_prep/train_tokenizer.py --input data/demo.jsonl --vocab_size 8192 --output tokenizers/demo
+	test -s $@ || $(BIN)/python data_prep/train_tokenizer.py --input data/demo.jsonl --vocab_size 4096 --output tokenizers/demo
 
 data/demo/manifest.json: tokenizers/demo/tokenizer.json
 	test -s $@ || $(BIN)/python data_prep/tokenize_fineweb.py --source data/demo.jsonl --tokenizer tokenizers/demo --output data/demo --validation_fraction 0.03

@@ -77,7 +77,8 @@ def predict(case: Case, model: PretrainedConfig) -> list[dict[str, int]]:
     """The closed forms of :mod:`sdp_llm.plan.cost`, by rank, in bytes.
 
     ``construction`` is the bound on the peak of building: what is kept before the first step, the
-    moments being allocated in it, and the fp32 values of one unit.
+    moments being allocated in it, and the fp32 values of one unit; ``subnetwork_and_block`` the
+    weaker bound of all model state and the fp32 values of one block.
     """
     size, plan, setup = case.closed_form(model)
     largest_unit = max(unit.numel for unit in size.units)
@@ -89,6 +90,7 @@ def predict(case: Case, model: PretrainedConfig) -> list[dict[str, int]]:
         kept = cost.weights + cost.gradients + masters // setup.optimizer_bytes
         form = {name: getattr(cost, name) for name in (*CATEGORIES, "activations")}
         form |= {"total": cost.total, "construction": kept + FP32_BYTES * largest_unit}
+        form["subnetwork_and_block"] = cost.model_state + FP32_BYTES * max(size.block_numel)
         ranks.append(form)
     return ranks
 
@@ -97,6 +99,9 @@ def ratios(measured: dict[str, Any], predicted: dict[str, int]) -> dict[str, flo
     """Measured over predicted by category, and the share of all storages that is in none."""
     found = {name: measured[name] / predicted[name] for name in CATEGORIES}
     found["construction"] = measured["construction_peak"] / predicted["construction"]
+    found["subnetwork_and_block"] = (
+        measured["construction_peak"] / predicted["subnetwork_and_block"]
+    )
     found["uncategorised"] = measured["other"] / measured["total"]
     return found
 
@@ -143,9 +148,11 @@ def _process_table(results: Sequence[dict[str, Any]]) -> str:
         sizes = [max(rank["measured"][name] for rank in ranks) for name in names]
         bound = max(rank["predicted"]["total"] for rank in ranks)
         sizes.insert(1, bound)
+        building = max(rank["ratios"]["subnetwork_and_block"] for rank in ranks)
         label = str(Case(**result["case"]))
-        rows.append([label, f"{share:.5%}", *(f"{size / MIB:,.1f}" for size in sizes)])
-    header = ["case", "in no category"]
+        cells = (f"{size / MIB:,.1f}" for size in sizes)
+        rows.append([label, f"{share:.5%}", f"{building:.2f}", *cells])
+    header = ["case", "in no category", "building"]
     header += ["peak of storages, MiB", "closed form's total, MiB"]
     header += ["peak resident size, MiB", "of it before building, MiB"]
     return markdown_table(header, rows)
@@ -160,7 +167,8 @@ that stay plus the fp32 values of one unit, an upper bound. Each row is the rank
 furthest from 1. One sample of {sequence} tokens per rank."""
 
 _ABOUT_PROCESS = """\
-The closed form's total adds transient buffers and saved activations to the model state: their \
+Building is the peak of construction over all model state (with the moments, which the first step \
+makes) plus one fp32 block. The closed form's total adds transient buffers and saved activations to the model state: their \
 peaks need not coincide. The resident size is the whole process, with Python, the imported \
 libraries ("before building") and what gloo and the allocator keep outside tensors; what this \
 measurement itself needs is in it too."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from sdp_llm.cli import config_of, config_parser, run_command
+from sdp_llm.cli import config_of, config_parser, exported_model, run_command
 from sdp_llm.config import require_sections
 from sdp_llm.errors import ConfigError
 
@@ -21,6 +20,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     assert run.data is not None
     if run.data.validation is None:
         raise ConfigError("data.validation: missing; name the corpus to measure the loss on")
+    folder = exported_model(arguments.model)
+    if arguments.micro_batch_size < 1:
+        raise ConfigError(f"--micro_batch_size {arguments.micro_batch_size}: must be at least 1")
 
     from sdp_llm.training.environment import device_type, prepare
 
@@ -35,14 +37,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from sdp_llm.loss import summed_loss, target_count
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
 
-    if not (Path(arguments.model) / "config.json").is_file():
-        raise ConfigError(f"--model {arguments.model}: has no config.json; name an exported model")
     dataset = PackedDataset(IndexedDataset(run.data.validation), run.data.sequence_length)
     samples = torch.from_numpy(
         dataset.batch(validation_samples(dataset, run.training.eval_samples))
     )
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     model.to(device_type()).eval()
     total = 0.0
     with torch.no_grad():

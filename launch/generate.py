@@ -8,16 +8,26 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sdp_llm.cli import exported_model, run_command
+from sdp_llm.errors import ConfigError
+
 
 def generate(arguments: argparse.Namespace) -> None:
     """Load the model and its tokenizer with transformers alone, and sample."""
+    folder = exported_model(arguments.model)
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {folder}: has no tokenizer; copy one there, or export with data.tokenizer"
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -39,5 +49,5 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=48, help="tokens to add to each prompt")
     parser.add_argument("--seed", type=int, default=0)
-    generate(parser.parse_args())
-    sys.exit(0)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sys.exit(run_command("generate", generate, parser.parse_args()))

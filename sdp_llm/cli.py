@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sdp_llm.config import RunConfig, load_config
 from sdp_llm.errors import ConfigError, TrainingStopped
@@ -40,6 +41,16 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 def config_of(arguments: argparse.Namespace) -> RunConfig:
     """The run config that the command line names."""
     return load_config(arguments.deepspeed_config, arguments.set)
+
+
+def exported_model(folder: str) -> str:
+    """The ``--model`` argument of a command.
+
+    :raises ConfigError: when it is no folder with a model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"--model {folder}: has no config.json; name an exported model")
+    return folder
 
 
 @contextmanager

@@ -69,19 +69,18 @@ class Unit:
             offset += spec.numel
         p = len(self.owners)
         shard_numel = -(-layout.numel // p)
-        whole = torch.zeros(shard_numel * p, dtype=torch.float32, device=device)
-        for spec, start in zip(layout.parameters, self.offsets, strict=True):
-            whole[start : start + spec.numel] = values[spec.name].flatten()
-        self.flat = whole.to(dtype)
+        whole = slice(0, shard_numel * p)
+        self.flat = self._filled(values, whole, dtype, device)
         if not self.is_owner:
             return
         first = self.owners.index(rank) * shard_numel
         self.shard = slice(first, first + shard_numel)
-        self._optimised = slice(0, whole.numel()) if stage == 0 else self.shard
+        self._optimised = whole if stage == 0 else self.shard
         self.master = self.flat[self._optimised]
         if dtype != torch.float32:
-            self.master = whole[self._optimised].clone()
-        self.grad = torch.zeros_like(self.master if stage == 2 else whole)
+            self.master = self._filled(values, self._optimised, torch.float32, device)
+        kept = self.master if stage == 2 else self.flat
+        self.grad = torch.zeros_like(kept, dtype=torch.float32)
         self.is_averaged = False
         self.slices = tuple(self._parameter_slices())
 

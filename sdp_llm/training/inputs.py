@@ -47,7 +47,7 @@ def load_inputs(run: RunConfig, world_size: int) -> Inputs:
             f"data.sequence_length = {length}: longer than the model's "
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
-    train = PackedDataset(IndexedDataset(run.data.train), length)
+    train = _open("data.train", run.data.train, length)
     if len(train) < batch.global_batch:
         raise ConfigError(
             f"data.train = {json.dumps(run.data.train)}: {len(train)} samples of {length} tokens "
@@ -56,13 +56,20 @@ def load_inputs(run: RunConfig, world_size: int) -> Inputs:
         )
     validation = None
     if run.data.validation is not None:
-        validation = PackedDataset(IndexedDataset(run.data.validation), length)
+        validation = _open("data.validation", run.data.validation, length)
     for key, dataset in (("train", train), ("validation", validation)):
         if dataset is not None:
             _check_ids(f"data.{key}", dataset, text.vocab_size, run.model.config)
     if run.data.tokenizer is not None:
         _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
     return Inputs(model, plan, batch, train, validation)
+
+
+def _open(key: str, prefix: str, length: int) -> PackedDataset:
+    try:
+        return PackedDataset(IndexedDataset(prefix), length)
+    except ConfigError as error:
+        raise ConfigError(f"{key} = {json.dumps(prefix)}: {error}") from None
 
 
 def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -> None:
@@ -99,15 +106,20 @@ def load_tokenizer(folder: str) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"data.tokenizer = {json.dumps(folder)}: {reason}; "
+            f"data.tokenizer = {json.dumps(folder)}: not a tokenizer: {reason}; "
             "make one with python data_prep/train_tokenizer.py"
         ) from error
 
 
 def target_bytes(tokenizer: Any, samples: Any) -> int:
     """The UTF-8 bytes of the text that the targets of ``[samples, sequence + 1]`` stand for."""
-    texts = tokenizer.batch_decode(samples[:, 1:], skip_special_tokens=True)
-    return sum(len(text.encode()) for text in texts)
+
+    def size(tokens: Any) -> int:
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return sum(len(text.encode()) for text in texts)
+
+    # Not the targets alone: at the start of a text, sentencepiece drops the space of a word.
+    return size(samples) - size(samples[:, :1])

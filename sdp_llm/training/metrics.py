@@ -88,5 +88,6 @@ def memory() -> tuple[int, int]:
     """Bytes now and at the peak: of the GPU's allocator, or this process's resident memory."""
     if device_type() == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    now = psutil.Process().memory_info().rss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return psutil.Process().memory_info().rss, peak
+    return now, max(now, peak)  # Linux keeps the peak with less precision

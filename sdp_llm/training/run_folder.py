@@ -41,18 +41,29 @@ class RunFolder:
         def create() -> None:
             if not is_writer:
                 return
-            if self._metrics.exists():
+            try:
+                self._create(run, plan)
+            except OSError as error:
                 raise ConfigError(
-                    f"training.run_dir = {json.dumps(str(self.path))}: holds a run already; "
-                    "choose another folder, or remove it"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write("config.json", to_dict(run))
-            self._write("plan.json", {"world_size": plan.world_size, "owners": plan.owner_sets})
-            self._write("environment.json", _environment(plan.world_size))
-            self._metrics.touch()
+                    f"{self._key}: cannot write: {error}; name a folder that can be created"
+                ) from error
 
         agree(create)
+
+    @property
+    def _key(self) -> str:
+        return f"training.run_dir = {json.dumps(str(self.path))}"
+
+    def _create(self, run: RunConfig, plan: Plan) -> None:
+        if self._metrics.exists():
+            raise ConfigError(
+                f"{self._key}: holds a run already; choose another folder, or remove it"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write("config.json", to_dict(run))
+        self._write("plan.json", {"world_size": plan.world_size, "owners": plan.owner_sets})
+        self._write("environment.json", _environment(plan.world_size))
+        self._metrics.touch()
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one object to the metrics, with the time (seconds since 1970)."""

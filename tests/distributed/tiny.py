@@ -98,6 +98,16 @@ def batch(step: int, world_size: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, shape, generator=generator)
 
 
+def build(case: Case) -> SDPEngine:
+    """An engine of the tiny Llama."""
+    return initialize(llama(case.is_tied), run_config(case))[0]
+
+
+def hf_loss(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss that the model itself computes, in nats per token."""
+    return engine(input_ids=tokens, labels=tokens).loss
+
+
 def my_slice(step: int) -> torch.Tensor:
     """This rank's part of the global batch of a step."""
     return batch(step, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
@@ -145,7 +155,7 @@ def gradients(units: tuple[Unit, ...]) -> list[tuple[str, int, int, np.ndarray]]
 
 def train(case: Case, steps: int) -> list[dict[str, Any]]:
     """Run on a rank: train a tiny Llama; what each step started from and what it computed."""
-    engine, *_ = initialize(llama(case.is_tied), run_config(case))
+    engine = build(case)
     trace = []
     for step in range(steps):
         entry: dict[str, Any] = {"weights": weights(engine)}

@@ -15,6 +15,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "model"
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
+        ("3m", 2.6),
         ("10m", 10.5),
         ("60m", 58.1),
         ("134m", 134.1),
@@ -36,4 +37,4 @@ def test_parameter_counts(name: str, millions: float) -> None:
 
 def test_every_model_config_is_tested() -> None:
     names = {path.stem for path in MODELS.glob("*.json")}
-    assert names == {f"llama_{size}" for size in ("10m", "60m", "134m", "350m", "1b", "7b")}
+    assert names == {f"llama_{size}" for size in ("3m", "10m", "60m", "134m", "350m", "1b", "7b")}

@@ -1,0 +1,238 @@
+"""Measure the bytes that every rank sends per step and compare them with the closed form.
+
+python benchmarks/traffic.py --world_size 4 --coverage 1/2 --output docs/results/traffic.json
+
+The ranks run in a network namespace of their own, so that the byte counter of its loopback
+interface counts them alone, with all headers. That takes Linux, root and `ip`; without them the
+bytes are counted where collectives are issued, and marked so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
+
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from benchmarks._case import Case, tokens_of_step, train_step
+from benchmarks._ranks import run_ranks
+from benchmarks._record import markdown_table, write_results
+from sdp_llm.engine import initialize
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan.cost import rank_traffic
+from sdp_llm.subnetwork.measure import load_model_config
+
+MIB = 2**20
+IN_NAMESPACE = "--in_namespace"  # not for people: this process is inside already
+
+
+def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
+    """Run on a rank: bytes of ``steps`` optimizer steps.
+
+    ``interface`` are those of the loopback interface, of all ranks together; ``collectives`` are
+    those of this rank as the library counts them. Each is the difference between twice as many
+    steps and ``steps`` steps, so that what happens once cancels out.
+    """
+    engine, *_ = initialize(model, case.run_config())
+    communicator = engine.sharded.communicator
+    vocabulary = model.get_text_config().vocab_size
+    marks = []
+    done = 0
+    for end in (1, 1 + steps, 1 + 3 * steps):  # the first one connects the ranks
+        while done < end:
+            train_step(engine, tokens_of_step(case, vocabulary, done))
+            done += 1
+        dist.barrier()
+        marks.append((loopback_bytes(), communicator.bytes_sent))
+        dist.barrier()
+    engine.destroy()
+    first, second, third = marks
+    interface, collectives = (
+        (c - b) - (b - a) for a, b, c in zip(first, second, third, strict=True)
+    )
+    return {"interface": interface, "collectives": collectives}
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface of this process's network namespace has sent."""
+    lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+    counters = next(line for line in lines if line.lstrip().startswith("lo:")).split(":")[1]
+    return int(counters.split()[8])  # 8 columns of what was received, then the bytes sent
+
+
+def why_no_namespace() -> str | None:
+    """None where a network namespace can be made; otherwise the reason, one line."""
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need the command ip (package iproute2), which is not installed"
+    try:
+        with network_namespace() as name:
+            subprocess.run(["ip", "netns", "exec", name, "true"], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        return f"no network namespace: {error.stderr.decode().strip().splitlines()[0]}"
+    return None
+
+
+@contextmanager
+def network_namespace() -> Iterator[str]:
+    """The name of a new network namespace whose loopback interface is up; removed at the end."""
+    name = f"sdp-{os.getpid()}-{secrets.token_hex(4)}"
+    subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+    try:
+        up = ["ip", "netns", "exec", name, "ip", "link", "set", "lo", "up"]
+        subprocess.run(up, check=True, capture_output=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def run_in_namespace(command: Sequence[str]) -> int:
+    """Run a command in a network namespace of its own, also removed when interrupted.
+
+    :returns: its exit status.
+    """
+    with network_namespace() as name:
+        process = subprocess.Popen(["ip", "netns", "exec", name, *command])
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def _run_case(case: Case, model: PretrainedConfig, steps: int, is_counted: bool) -> dict[str, Any]:
+    """Bytes per rank and step of one case."""
+    found = run_ranks(case.world_size, measure, case, model, steps)
+    size, plan, setup = case.closed_form(model)
+    predicted = [rank_traffic(size, plan, setup, rank) for rank in range(case.world_size)]
+    mean = sum(predicted) / case.world_size
+    collectives = [rank["collectives"] / steps for rank in found]
+    sent = sum(collectives) / case.world_size
+    if is_counted:
+        sent = found[0]["interface"] / steps / case.world_size
+    return {
+        "case": asdict(case),
+        "sent": sent,
+        "collectives": collectives,
+        "closed_form": predicted,
+        "ratio": sent / mean,
+        "collectives_ratio": sum(collectives) / sum(predicted),
+    }
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        n = result["case"]["world_size"]
+        sizes = (result["sent"], *(sum(result[key]) / n for key in ("collectives", "closed_form")))
+        cells = (f"{size / MIB:,.2f}" for size in sizes)
+        rows.append([str(Case(**result["case"])), *cells, f"{result['ratio']:.4f}"])
+    header = ["case", "measured, MiB", "at the collectives, MiB", "closed form, MiB", "ratio"]
+    return markdown_table(header, rows)
+
+
+_ABOUT = (
+    "Bytes sent per rank and optimizer step, mean over the ranks. Measured is {method}. "
+    "At the collectives is what the library counts itself."
+)
+_BY_INTERFACE = (
+    "the byte counter of the loopback interface of a network namespace in which nothing but the "
+    "ranks run, with all headers and acknowledgements: the difference between {twice} and {steps} "
+    "steps, by the number of ranks"
+)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every case, inside the namespace where there is one, and write the tables."""
+    model = load_model_config(arguments.model)
+    is_counted = arguments.in_namespace
+    if is_counted:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dtypes = (False, True) if arguments.bf16 else (False,)
+    results = []
+    for masking, is_bf16, stage, accumulation in product(
+        arguments.masking, dtypes, arguments.stages, arguments.accumulation
+    ):
+        case = Case(
+            arguments.world_size,
+            arguments.coverage,
+            stage,
+            masking,
+            is_bf16,
+            accumulation,
+            sequence_length=16,
+        )
+        results.append(_run_case(case, model, arguments.steps, is_counted))
+        print(_table(results[-1:]).splitlines()[-1], flush=True)
+    name = Path(arguments.model).stem
+    method = _BY_INTERFACE.format(twice=2 * arguments.steps, steps=arguments.steps)
+    if not is_counted:
+        method = f"NOT counted by an interface ({arguments.reason}) but where collectives start"
+    text = f"{_ABOUT.format(method=method)}\n\n{_table(results)}"
+    print(f"\n{text}")
+    title = f"Traffic of {name}, {arguments.world_size} ranks, C = {arguments.coverage}"
+    counted_by = "interface" if is_counted else "collectives"
+    content = {"model": name, "counted_by": counted_by, "results": results}
+    write_results(Path(arguments.output), title, text, content)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="traffic", description=__doc__)
+    parser.add_argument("--model", default="configs/model/llama_60m.json", help="a HF config")
+    parser.add_argument("--world_size", type=int, default=4, help="number of gloo ranks")
+    parser.add_argument("--coverage", default="1/2", help="share of the ranks per free block")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=(0, 1, 2))
+    parser.add_argument(
+        "--masking", nargs="+", default=["forward", "backward"], choices=("forward", "backward")
+    )
+    parser.add_argument(
+        "--accumulation", type=int, nargs="+", default=[1], help="micro-batches per step"
+    )
+    parser.add_argument("--bf16", action="store_true", help="measure bf16 weights too")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps that are counted")
+    parser.add_argument("--output", required=True, help="JSON file; a .md is written beside it")
+    parser.add_argument(IN_NAMESPACE, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    # Otherwise the process would end without removing its namespace.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if not arguments.in_namespace:
+            arguments.reason = why_no_namespace()
+            if arguments.reason is None:
+                command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+                return run_in_namespace([*command, IN_NAMESPACE])
+            print(f"traffic: {arguments.reason}; counting at the collectives", file=sys.stderr)
+        run(arguments)
+    except ConfigError as error:
+        print(f"traffic: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("traffic: interrupted, no output written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Saving and resuming in a user's loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.errors import ConfigError
+from tests.distributed.compare import assembled, whole
+from tests.distributed.pool import Pool
+from tests.distributed.tiny import Case, build, forward_backward, llama, run_config, weights
+
+Pools = Callable[[int], Pool]
+
+SCHEDULER = {"type": "WarmupCosineLR", "params": {"total_num_steps": 8, "warmup_num_steps": 2}}
+BASE = Case(extra=(("scheduler", SCHEDULER),))
+
+
+def state(engine: SDPEngine) -> dict[str, list[tuple[str, int, int, np.ndarray]]]:
+    """This rank's masters and moments: name, range and values of every slice."""
+    found: dict[str, list[tuple[str, int, int, np.ndarray]]] = {}
+    for piece in (piece for unit in engine.sharded.owned for piece in unit.slices):
+        kinds = {"master": piece.tensor.detach()} | engine.basic_optimizer.state[piece.tensor]
+        for kind, value in kinds.items():
+            flat = value.expand(piece.stop - piece.start).numpy().copy()
+            found.setdefault(kind, []).append((piece.name, piece.start, piece.stop, flat))
+    return found
+
+
+def steps(engine: SDPEngine, first: int, count: int) -> list[Any]:
+    """Train; loss, norm and learning rate of each step."""
+    seen = []
+    for step in range(first, first + count):
+        loss = forward_backward(engine, step)
+        engine.step()
+        seen.append((loss, engine.get_global_grad_norm(), engine.get_lr()))
+    return seen
+
+
+def counters(engine: SDPEngine) -> tuple[int, ...]:
+    return engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps
+
+
+def straight_and_resumed(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run on a rank: four steps; and two, a save, a load into a fresh engine, two more."""
+    straight = build(case)
+    expected: dict[str, Any] = {"seen": steps(straight, 0, 4)[2:]}
+    first = build(case)
+    steps(first, 0, 2)
+    torch.manual_seed(11 + dist.get_rank())
+    first.save_checkpoint(folder, client_state={"epoch": 1, "name": "x"})
+    expected["random"] = torch.rand(3).tolist()
+    resumed = build(case)
+    steps(resumed, 5, 1)  # what it holds must not matter
+    path, client_state = resumed.load_checkpoint(folder)
+    found: dict[str, Any] = {"random": torch.rand(3).tolist(), "seen": steps(resumed, 2, 2)}
+    assert path == str(Path(folder) / "global_step2")
+    assert client_state == {"epoch": 1, "name": "x"}
+    for entry, engine in ((expected, straight), (found, resumed)):
+        entry |= {"state": state(engine), "weights": weights(engine), "counters": counters(engine)}
+    return found, expected
+
+
+RESUMED = [
+    BASE.with_(stage=0),
+    BASE.with_(stage=1, accumulation=3),
+    BASE.with_(stage=2, is_bf16=True, is_tied=True),
+    BASE.with_(stage=0, is_bf16=True, masking="backward"),
+    BASE.with_(stage=2, masking="backward", owners_per_block=3),
+    BASE.with_(stage=1, optimizer="RMSprop", bucket=2000),
+]
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_resumed_equals_straight(case: Case, pools: Pools, tmp_path: Path) -> None:
+    """Bit for bit: losses, norms, learning rates, weights, masters, moments, counters."""
+    for found, expected in pools(4).run(straight_and_resumed, case, str(tmp_path)):
+        for entry in ("seen", "counters", "random"):
+            assert found[entry] == expected[entry]
+        assert found["state"].keys() == expected["state"].keys()
+        for kind, slices in expected["state"].items():
+            for mine, other in zip(found["state"][kind], slices, strict=True):
+                assert mine[:3] == other[:3]
+                np.testing.assert_array_equal(mine[3], other[3], err_msg=f"{kind} {mine[0]}")
+        for name, value in expected["weights"].items():
+            np.testing.assert_array_equal(found["weights"][name], value, err_msg=name)
+
+
+# -- other ranks, other plans ---------------------------------------------------------------------
+
+
+def save(case: Case, folder: str, count: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """Run on a rank: train and save."""
+    engine = build(case)
+    steps(engine, 0, count)
+    engine.save_checkpoint(folder)
+    return state(engine), weights(engine)
+
+
+def load(case: Case, folder: str) -> tuple[Any, dict[str, np.ndarray], tuple[Any, ...]]:
+    """Run on a rank: load what other ranks saved, and train on."""
+    engine = build(case)
+    engine.load_checkpoint(folder)
+    loaded = state(engine), weights(engine)
+    parts = engine.gradient_accumulation_steps()
+    boundaries = [engine.is_gradient_accumulation_boundary()]
+    seen = steps(engine, 2, 1)
+    assert engine.global_steps == 3
+    assert boundaries == [parts == 1]
+    return *loaded, (seen, engine.get_lr())
+
+
+OTHERS = [
+    Case(2, stage=2, owners_per_block=1, accumulation=3, extra=BASE.extra),
+    Case(2, "backward", stage=0, owners_per_block=2, extra=BASE.extra),
+    Case(4, stage=0, owners_per_block=3, bucket=2500, extra=BASE.extra),
+    Case(4, "backward", stage=1, owners_per_block=1, extra=BASE.extra),
+]
+
+
+def _assembled_state(parts: list[Any], like: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for kind in parts[0]:
+        found[kind], counts = assembled([part[kind] for part in parts], like)
+        assert all((count > 0).all() for count in counts.values()), kind
+    return found
+
+
+def test_another_number_of_ranks_plan_and_stage(pools: Pools, tmp_path: Path) -> None:
+    """Masters and moments of every tensor are the same bits."""
+    saved = pools(4).run(save, BASE.with_(stage=1), str(tmp_path), 2)
+    expected_weights = whole([stored for _, stored in saved])
+    like = {name: torch.from_numpy(value) for name, value in expected_weights.items()}
+    expected = _assembled_state([part for part, _ in saved], like)
+    assert expected.keys() == {"master", "exp_avg", "exp_avg_sq", "step"}
+    for case in OTHERS:
+        results = pools(case.world_size).run(load, case, str(tmp_path))
+        found = _assembled_state([part for part, *_ in results], like)
+        for kind, tensors in expected.items():
+            for name, value in tensors.items():
+                np.testing.assert_array_equal(found[kind][name], value, err_msg=f"{case} {name}")
+        stored = whole([part for _, part, _ in results])
+        for name, value in expected_weights.items():
+            np.testing.assert_array_equal(stored[name], value, err_msg=f"{case} {name}")
+        assert len({str(lr) for _, _, (_, lr) in results}) == 1
+
+
+# -- what can go wrong ----------------------------------------------------------------------------
+
+
+def load_error(case: Case, folder: str, layers: int, options: dict[str, Any]) -> str:
+    """Run on a rank: the ConfigError of loading."""
+    engine = initialize(llama(case.is_tied, layers), run_config(case))[0]
+    try:
+        engine.load_checkpoint(folder, **options)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _damage(folder: Path, how: str) -> None:
+    shard = folder / "global_step1" / "rank-00001.safetensors"
+    if how == "flipped byte":
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 1
+        shard.write_bytes(content)
+    elif how == "missing file":
+        shard.unlink()
+    elif how == "cut file":
+        shard.write_bytes(shard.read_bytes()[:100])
+    elif how == "no manifest":
+        (folder / "global_step1" / "manifest.json").unlink()
+    elif how == "cut manifest":
+        (folder / "global_step1" / "manifest.json").write_text("{")
+    elif how == "other version":
+        path = folder / "global_step1" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    elif how == "uncovered":
+        # A set of files that is consistent but lacks a rank's part.
+        path = folder / "global_step1" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["files"][shard.name]
+        path.write_text(json.dumps(manifest))
+    elif how == "no latest":
+        (folder / "latest").unlink()
+
+
+DAMAGES = {
+    "flipped byte": "rank-00001.safetensors: not the file that was saved",
+    "missing file": "rank-00001.safetensors: ",
+    "cut file": "rank-00001.safetensors: ",
+    "no manifest": "manifest.json: not there",
+    "cut manifest": "manifest.json: ",
+    "other version": "format version 99",
+    "uncovered": "is stored up to element",
+    "no latest": "latest: not there",
+}
+
+
+def test_damage_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
+    for how, expected in DAMAGES.items():
+        folder = tmp_path / how.replace(" ", "-")
+        pools(2).run(save, Case(2), str(folder), 1)
+        _damage(folder, how)
+        for message in pools(2).run(load_error, Case(2), str(folder), 6, {}):
+            assert expected in message, how
+            assert "\n" not in message
+
+
+def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(save, Case(2), str(tmp_path), 1)
+    calls: list[tuple[Case, int, dict[str, Any], str]] = [
+        (Case(2), 7, {}, "model.layers.6."),
+        (Case(2, is_tied=True), 6, {}, "lm_head.weight has shape [96, 32] there and None in"),
+        (Case(2, optimizer="SGD"), 6, {}, "saved with another optimizer than SGD"),
+        (Case(2, extra=BASE.extra), 6, {}, "saved without a learning-rate scheduler"),
+        (Case(2), 6, {"tag": "nowhere"}, "nowhere/manifest.json: not there"),
+    ]
+    for case, layers, options, expected in calls:
+        for message in pools(2).run(load_error, case, str(tmp_path), layers, options):
+            assert expected in message
+            assert "\n" not in message
+    fine: list[tuple[Case, dict[str, Any]]] = [
+        (Case(2, optimizer="SGD"), {"load_optimizer_states": False}),
+        (Case(2, extra=BASE.extra), {"load_lr_scheduler_states": False}),
+        (Case(2, optimizer="SGD", extra=BASE.extra), {"load_module_only": True}),
+        (Case(2), {"tag": "global_step1"}),
+    ]
+    for case, options in fine:
+        assert pools(2).run(load_error, case, str(tmp_path), 6, options) == ["", ""]
+
+
+def save_error(folder: str, broken_rank: int | None) -> str:
+    """Run on a rank: the ConfigError of saving; a ``client_state`` may not be JSON."""
+    engine = build(Case(2))
+    extra = {"bad": {1, 2}} if broken_rank == dist.get_rank() else {}
+    try:
+        engine.save_checkpoint(folder, client_state=extra)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_client_state_must_be_json(broken_rank: int, pools: Pools, tmp_path: Path) -> None:
+    for message in pools(2).run(save_error, str(tmp_path), broken_rank):
+        assert message.startswith(f"rank {broken_rank}: client_state: ")
+        assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    for message in pools(2).run(save_error, str(tmp_path / "file" / "below"), None):
+        assert message.startswith("rank 0: cannot write: ")
+        assert "\n" not in message
+    (tmp_path / "folder" / "latest").mkdir(parents=True)  # in the way of the file
+    for message in pools(2).run(save_error, str(tmp_path / "folder"), None):
+        assert message.startswith("rank 0: cannot write: ")
+
+
+def save_three(folder: str) -> list[str]:
+    """Run on a rank: save after each of two steps, then over the second without ``latest``."""
+    engine = build(Case(2))
+    latest = []
+    for step in range(3):
+        steps(engine, step, 1)
+        tag = None if step == 0 else "chosen"
+        engine.save_checkpoint(folder, tag=tag, save_latest=step < 2)
+        latest.append((Path(folder) / "latest").read_text())
+    return latest
+
+
+def test_only_safetensors_and_json(pools: Pools, tmp_path: Path) -> None:
+    for latest in pools(2).run(save_three, str(tmp_path)):
+        assert latest == ["global_step1", "chosen", "chosen"]
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    ranks = ("rank-00000.safetensors", "rank-00001.safetensors")
+    inside = {*ranks, "manifest.json", "state.json"}
+    expected = {f"{tag}/{name}" for tag in ("global_step1", "chosen") for name in inside}
+    assert files == expected | {"latest"}
+    for tag in ("global_step1", "chosen"):
+        manifest = json.loads((tmp_path / tag / "manifest.json").read_text())
+        assert set(manifest["files"]) == inside - {"manifest.json"}
+    content = json.loads((tmp_path / "chosen" / "state.json").read_text())
+    assert content["counters"]["global_steps"] == 3, "the newer one replaced the older"

@@ -1,0 +1,33 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from sdp_llm.config import markdown_table
+from sdp_llm.plan import make_plan, render_ownership
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_of_keys_is_the_schemas() -> None:
+    assert markdown_table().strip() in README
+
+
+def test_picture_is_the_demos_plan() -> None:
+    plan = make_plan(4, 8, coverage=Fraction(1, 2))
+    assert render_ownership(plan) in README
+
+
+def test_named_files_exist() -> None:
+    names = set(re.findall(r"\b(?:launch|configs|data_prep|sdp_llm)/[\w/]+\.(?:py|json)", README))
+    assert len(names) > 8
+    missing = [name for name in names if not (ROOT / name).is_file()]
+    assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
