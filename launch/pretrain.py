@@ -21,9 +21,11 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
         # The imports take seconds; a wrong config has failed by now.
         from sdp_llm.training.environment import prepare, shut_down
-        from sdp_llm.training.inputs import load_inputs
 
         prepare()
+
+        from sdp_llm.training.inputs import load_inputs
+
         inputs = load_inputs(run, world_size)
 
         from sdp_llm.engine import init_distributed

@@ -20,9 +20,11 @@ def simulate(arguments: argparse.Namespace) -> None:
 
     # The imports take seconds; a wrong config has failed by now.
     from sdp_llm.training.environment import device_type, prepare
-    from sdp_llm.training.inputs import load_inputs
 
     prepare()
+
+    from sdp_llm.training.inputs import load_inputs
+
     inputs = load_inputs(run, arguments.world_size)
 
     import torch

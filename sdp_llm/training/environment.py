@@ -16,7 +16,7 @@ def device_type() -> str:
 
 
 def prepare() -> None:
-    """Set up this process; before DeepSpeed is imported."""
+    """Set up this process; before transformers and DeepSpeed are imported."""
     # Training reads local files only.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +28,12 @@ def prepare() -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     # DeepSpeed sets its level when it is imported; a filter outlives that.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """DeepSpeed's errors, and the timings that ``wall_clock_breakdown`` asks for."""
+    return record.levelno >= logging.ERROR or "time (ms)" in record.getMessage()
 
 
 def shut_down() -> None:

@@ -38,7 +38,7 @@ _COLUMNS = (
     ("tokens/s", 9),
     ("GiB now", 11),
     ("GiB peak", 11),
-    ("left", 8),
+    ("left", 9),
 )
 
 
@@ -72,5 +72,6 @@ def duration(seconds: float) -> str:
 
 
 def _range(sizes: tuple[int, int]) -> str:
-    low, high = (size / 2**30 for size in sizes)
-    return f"{low:.2f}–{high:.2f}"  # noqa: RUF001 - an en dash between the ends of a range
+    # Four digits each, so that the column holds what large machines have.
+    low, high = (f"{gib:.{1 if gib >= 99.995 else 2}f}" for gib in (s / 2**30 for s in sizes))
+    return f"{low}–{high}"  # noqa: RUF001 - an en dash between the ends of a range
