@@ -24,7 +24,7 @@ from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
 from benchmarks.storages import MODEL_STATE, sort_storages
 from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan.cost import rank_memory
+from sdp_llm.plan.cost import rank_memory, rank_traffic
 from sdp_llm.plan.size import FP32_BYTES
 from sdp_llm.subnetwork.measure import load_model_config
 
@@ -38,7 +38,8 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
 
     Weights, gradients, optimizer and ``other`` are what a walk finds after a step, and
     ``transient`` the most that the reduction of gradients held in the last step;
-    ``optimizer_step`` the most that the optimizer held beside its state. ``*_peak`` are the most
+    ``optimizer_step`` the most that the optimizer held beside its state; ``sent`` what that step
+    sent, as the library counts it. ``*_peak`` are the most
     bytes of all storages together in that phase.
     """
     resident_at_start = _resident("VmRSS")
@@ -50,6 +51,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
         vocabulary = model.get_text_config().vocab_size
         for step in range(STEPS):
             tracker.reset_peaks()
+            sent_before = engine.sharded.communicator.bytes_sent
             tokens = tokens_of_step(case, vocabulary, step)
             with tracker.phase(BACKWARD):
                 train_step(engine, tokens)
@@ -62,6 +64,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
         TRANSIENT: tracker.peak[TRANSIENT],
         "activations": tracker.peak[BACKWARD],
         "optimizer_step": tracker.peak[STEP] - tracker.live[STEP],
+        "sent": engine.sharded.communicator.bytes_sent - sent_before,
         "alive_after_step": alive,
         "built": built,
         "construction_peak": built_peak,
@@ -90,6 +93,7 @@ def predict(case: Case, model: PretrainedConfig) -> list[dict[str, int]]:
         kept = cost.weights + cost.gradients + masters // setup.optimizer_bytes
         form = {name: getattr(cost, name) for name in (*CATEGORIES, "activations")}
         form |= {"total": cost.total, "construction": kept + FP32_BYTES * largest_unit}
+        form["sent"] = round(rank_traffic(size, plan, setup, rank))
         form["subnetwork_and_block"] = cost.model_state + FP32_BYTES * max(size.block_numel)
         ranks.append(form)
     return ranks
@@ -168,10 +172,10 @@ furthest from 1. One sample of {sequence} tokens per rank."""
 
 _ABOUT_PROCESS = """\
 Building is the peak of construction over all model state (with the moments, which the first step \
-makes) plus one fp32 block. The closed form's total adds transient buffers and saved activations to the model state: their \
-peaks need not coincide. The resident size is the whole process, with Python, the imported \
-libraries ("before building") and what gloo and the allocator keep outside tensors; what this \
-measurement itself needs is in it too."""
+makes) plus one fp32 block. The closed form's total adds transient buffers and saved activations \
+to the model state: their peaks need not coincide. The resident size is the whole process, with \
+Python, the imported libraries ("before building"), what this measurement needs, and what is \
+outside tensors: gloo's all-gather holds a copy of each unit that it gathers."""
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:

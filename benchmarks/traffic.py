@@ -41,29 +41,23 @@ IN_NAMESPACE = "--in_namespace"  # not for people: this process is inside alread
 
 
 def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
-    """Run on a rank: bytes of ``steps`` optimizer steps.
+    """Run on a rank: bytes of ``steps`` optimizer steps, after a first one that connects the ranks.
 
     ``interface`` are those of the loopback interface, of all ranks together; ``collectives`` are
-    those of this rank as the library counts them. Each is the difference between twice as many
-    steps and ``steps`` steps, so that what happens once cancels out.
+    those of this rank as the library counts them.
     """
     engine, *_ = initialize(model, case.run_config())
     communicator = engine.sharded.communicator
     vocabulary = model.get_text_config().vocab_size
     marks = []
-    done = 0
-    for end in (1, 1 + steps, 1 + 3 * steps):  # the first one connects the ranks
-        while done < end:
-            train_step(engine, tokens_of_step(case, vocabulary, done))
-            done += 1
-        dist.barrier()
-        marks.append((loopback_bytes(), communicator.bytes_sent))
-        dist.barrier()
+    for step in range(1 + steps):
+        train_step(engine, tokens_of_step(case, vocabulary, step))
+        if step in (0, steps):
+            dist.barrier()
+            marks.append((loopback_bytes(), communicator.bytes_sent))
+            dist.barrier()  # nobody goes on before all have read
     engine.destroy()
-    first, second, third = marks
-    interface, collectives = (
-        (c - b) - (b - a) for a, b, c in zip(first, second, third, strict=True)
-    )
+    interface, collectives = (end - start for start, end in zip(*marks, strict=True))
     return {"interface": interface, "collectives": collectives}
 
 
@@ -155,8 +149,8 @@ _ABOUT = (
 )
 _BY_INTERFACE = (
     "the byte counter of the loopback interface of a network namespace in which nothing but the "
-    "ranks run, with all headers and acknowledgements: the difference between {twice} and {steps} "
-    "steps, by the number of ranks"
+    "ranks run, with all headers and acknowledgements, over {steps} steps after the first one, "
+    "divided by steps and ranks"
 )
 
 
@@ -183,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
         results.append(_run_case(case, model, arguments.steps, is_counted))
         print(_table(results[-1:]).splitlines()[-1], flush=True)
     name = Path(arguments.model).stem
-    method = _BY_INTERFACE.format(twice=2 * arguments.steps, steps=arguments.steps)
+    method = _BY_INTERFACE.format(steps=arguments.steps)
     if not is_counted:
         method = f"NOT counted by an interface ({arguments.reason}) but where collectives start"
     text = f"{_ABOUT.format(method=method)}\n\n{_table(results)}"
@@ -207,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         "--accumulation", type=int, nargs="+", default=[1], help="micro-batches per step"
     )
     parser.add_argument("--bf16", action="store_true", help="measure bf16 weights too")
-    parser.add_argument("--steps", type=int, default=1, help="optimizer steps that are counted")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps that are counted")
     parser.add_argument("--output", required=True, help="JSON file; a .md is written beside it")
     parser.add_argument(IN_NAMESPACE, action="store_true", help=argparse.SUPPRESS)
     return parser

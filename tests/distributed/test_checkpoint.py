@@ -79,7 +79,7 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("case", RESUMED, ids=str)
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: str(case.with_(extra=())))
 def test_resumed_equals_straight(case: Case, pools: Pools, tmp_path: Path) -> None:
     """Bit for bit: losses, norms, learning rates, weights, masters, moments, counters."""
     for found, expected in pools(4).run(straight_and_resumed, case, str(tmp_path)):

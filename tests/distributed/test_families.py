@@ -122,7 +122,7 @@ def _check_folder(folder: Path, architecture: str) -> list[str]:
     assert {*files} == {*shards, *others}
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {*shards}
-    stored = {}
+    stored: dict[str, int] = {}
     for name in shards:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -144,6 +144,9 @@ def _check_export(config: PretrainedConfig, folder: Path, results: list[dict[str
     tokens = batch(1, len(results))
     logits = [model(input_ids=tokens[:, :-1]).logits for model in (exported, assembled)]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    once = whole([found["weights"] for found in results])
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in once.values())
     loss = summed_loss(exported, tokens).item() / target_count(tokens)
     for found in results:
         assert found["evaluation"].tokens == target_count(tokens)

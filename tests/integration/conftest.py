@@ -163,7 +163,7 @@ class Run:
         return [e["validation/loss"] for e in self.metrics() if "validation/loss" in e]
 
 
-def execute(*command: str | Path, timeout: float = 180, cwd: Path = ROOT) -> Finished:
+def execute(*command: str | Path, timeout: float = 300, cwd: Path = ROOT) -> Finished:
     """Run a command on the CPU; one that does not end in ``timeout`` seconds fails the test."""
     texts = tuple(str(part) for part in command)
     environment = {k: v for k, v in os.environ.items() if not re.fullmatch(_LAUNCHED, k)}
@@ -187,7 +187,7 @@ def execute(*command: str | Path, timeout: float = 180, cwd: Path = ROOT) -> Fin
 _LAUNCHED = "RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
 
 
-def two_at_a_time(commands: Sequence[Sequence[str | Path]], timeout: float = 180) -> list[Finished]:
+def two_at_a_time(commands: Sequence[Sequence[str | Path]], timeout: float = 300) -> list[Finished]:
     """Run commands that do not depend on each other; most of their time is imports."""
     with ThreadPoolExecutor(2) as threads:
         return list(threads.map(lambda command: execute(*command, timeout=timeout), commands))

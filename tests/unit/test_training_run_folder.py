@@ -1,0 +1,90 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdp_llm.config import RunConfig, load_config, parse_config
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan import make_plan
+from sdp_llm.training.run_folder import PACKAGES, RunFolder
+
+PLAN = make_plan(4, 6, owners_per_block=2)
+
+
+def run_at(folder: Path) -> RunConfig:
+    run = parse_config(
+        {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": "auto",
+            "sdp": {"coverage": "1/2"},
+            "csv_monitor": {"enabled": False},
+        }
+    )
+    return replace(run, training=replace(run.training, run_dir=str(folder)))
+
+
+def test_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    run = run_at(path)
+    RunFolder(run, PLAN, is_writer=True)
+    assert load_config(path / "config.json") == run
+    plan = json.loads((path / "plan.json").read_text())
+    assert plan == {"world_size": 4, "owners": [list(owners) for owners in PLAN.owner_sets]}
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["world_size"] == 4
+    assert set(environment["packages"]) == set(PACKAGES)
+    assert environment["packages"]["torch"].startswith("2.")
+    assert environment["command"]
+    assert (path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
+    folder = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    before = time.time()
+    folder.log({"step": 1, "loss": 2.5})
+    folder.log({"step": 2, "validation": None})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert before - 0.001 <= first.pop("time") <= second.pop("time") <= time.time() + 0.001
+    assert (first, second) == ({"step": 1, "loss": 2.5}, {"step": 2, "validation": None})
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=False)
+    folder.log({"step": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunFolder(run_at(path), PLAN, is_writer=True).log({"step": 1})
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(ConfigError, match="holds a run already; choose another folder") as caught:
+        RunFolder(run_at(path), make_plan(2, 6, owners_per_block=1), is_writer=True)
+    assert f"training.run_dir = {json.dumps(str(path))}" in str(caught.value)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(run_at(path), PLAN, is_writer=True)
+    message = str(caught.value)
+    assert f"training.run_dir = {json.dumps(str(path))}: cannot write: " in message
+    assert "Not a directory" in message
+    assert message.endswith("; name a folder that can be created")
+    assert "\n" not in message
