@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,19 @@ def test_another_number_of_ranks_plan_and_stage(pools: Pools, tmp_path: Path) ->
 # -- what can go wrong ----------------------------------------------------------------------------
 
 
-def load_error(case: Case, folder: str, layers: int, options: dict[str, Any]) -> str:
-    """Run on a rank: the ConfigError of loading."""
+def load_errors(
+    case: Case, folders: list[str], options: dict[str, Any], layers: int = 6
+) -> list[str]:
+    """Run on a rank: the ConfigError of loading each folder, "" where there is none."""
     engine = initialize(llama(case.is_tied, layers), run_config(case))[0]
-    try:
-        engine.load_checkpoint(folder, **options)
-    except ConfigError as error:
-        return str(error)
-    return ""
+    errors = []
+    for folder in folders:
+        try:
+            engine.load_checkpoint(folder, **options)
+            errors.append("")
+        except ConfigError as error:
+            errors.append(str(error))
+    return errors
 
 
 def _damage(folder: Path, how: str) -> None:
@@ -206,13 +212,18 @@ DAMAGES = {
 
 
 def test_damage_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
-    for how, expected in DAMAGES.items():
-        folder = tmp_path / how.replace(" ", "-")
-        pools(2).run(save, Case(2), str(folder), 1)
+    sound = tmp_path / "sound"
+    pools(2).run(save, Case(2), str(sound), 1)
+    folders = [tmp_path / how.replace(" ", "-") for how in DAMAGES]
+    for how, folder in zip(DAMAGES, folders, strict=True):
+        shutil.copytree(sound, folder)
         _damage(folder, how)
-        for message in pools(2).run(load_error, Case(2), str(folder), 6, {}):
-            assert expected in message, how
+    paths = [str(folder) for folder in (*folders, sound)]
+    for *messages, without in pools(2).run(load_errors, Case(2), paths, {}):
+        for message, expected in zip(messages, DAMAGES.values(), strict=True):
+            assert expected in message
             assert "\n" not in message
+        assert without == ""
 
 
 def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
@@ -225,7 +236,7 @@ def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
         (Case(2), 6, {"tag": "nowhere"}, "nowhere/manifest.json: not there"),
     ]
     for case, layers, options, expected in calls:
-        for message in pools(2).run(load_error, case, str(tmp_path), layers, options):
+        for (message,) in pools(2).run(load_errors, case, [str(tmp_path)], options, layers):
             assert expected in message
             assert "\n" not in message
     fine: list[tuple[Case, dict[str, Any]]] = [
@@ -235,7 +246,7 @@ def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
         (Case(2), {"tag": "global_step1"}),
     ]
     for case, options in fine:
-        assert pools(2).run(load_error, case, str(tmp_path), 6, options) == ["", ""]
+        assert pools(2).run(load_errors, case, [str(tmp_path)], options) == [[""], [""]]
 
 
 def save_error(folder: str, broken_rank: int | None) -> str:
