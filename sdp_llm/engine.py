@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import deepspeed
 import torch
@@ -21,7 +21,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from sdp_llm.checkpoint.export import export_pretrained
 from sdp_llm.checkpoint.load import load_checkpoint
@@ -29,17 +28,12 @@ from sdp_llm.checkpoint.save import save_checkpoint
 from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
-from sdp_llm.plan import Plan, plan_from_config
-from sdp_llm.sharding.groups import check_agreement
-from sdp_llm.sharding.materialize import ShardedModel, materialize
+from sdp_llm.plan import Plan
+from sdp_llm.sharding.from_config import Source, shard
+from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
 from sdp_llm.sharding.reducer import GradientReducer
-from sdp_llm.subnetwork.build import build_subnetwork
 from sdp_llm.unsupported import refuse_unsupported, unsupported
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Source: TypeAlias = PretrainedConfig | PreTrainedModel
 
 
 def init_distributed(timeout: timedelta) -> None:
@@ -129,7 +123,11 @@ class SDPEngine(DeepSpeedEngine):
             raise ConfigError(
                 'optimizer: missing; add {"type": "AdamW", "params": {"lr": …}} to the config'
             )
-        self.sharded = _shard(source, run, timeout)
+        accelerator = get_accelerator()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+        self.sharded = shard(source, run, device, timeout)
         self._reducer = GradientReducer(
             self.sharded.owned,
             self.sharded.subnetwork.model,
@@ -334,35 +332,3 @@ class SDPEngine(DeepSpeedEngine):
 
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-def _shard(source: Source, run: RunConfig, timeout: timedelta) -> ShardedModel:
-    """Plan, build and materialise this rank's subnetwork."""
-    config = source.config if isinstance(source, PreTrainedModel) else source
-    depth = config.get_text_config().num_hidden_layers
-    plan = plan_from_config(run.sdp, dist.get_world_size(), depth)
-    check_agreement("the plan", plan.fingerprint())
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    accelerator.set_device(local_rank)
-    dtype = torch.bfloat16 if run.bf16.enabled else torch.float32
-    travelling = run.communication_data_type
-    zero = run.zero_optimization
-    subnetwork = build_subnetwork(
-        source,
-        plan,
-        dist.get_rank(),
-        masking=run.sdp.masking,
-        max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
-        attn_implementation=run.model.attn_implementation if run.model else None,
-        gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
-    )
-    return materialize(
-        subnetwork,
-        seed=run.training.seed,
-        stage=zero.stage,
-        dtype=dtype,
-        communication_dtype=DTYPES[travelling] if travelling else dtype,
-        device=torch.device(accelerator.device_name(local_rank)),
-        timeout=timeout,
-    )

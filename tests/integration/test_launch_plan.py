@@ -51,8 +51,8 @@ def test_prints_the_card_of_the_demo() -> None:
         assert any(line.startswith(f"{name:<14}") for line in lines), name
     assert "own normalisation of Proposition 1" in " ".join(lines)
     assert rows["memory of one rank, MiB"] == ["SDP", "DDP", "ZeRO-2", "ZeRO-3"]
-    # 10,522,880 parameters, of which a rank lacks 3 of 8 blocks of 791,040; fp32.
-    assert rows["weights"] == ["31.1", "40.1", "40.1", "10.0"]
+    # 2,631,808 parameters, of which a rank lacks 3 of 8 blocks of 197,888; fp32.
+    assert rows["weights"] == ["7.77", "10.0", "10.0", "2.51"]
     for name in ("gradients", "optimizer", "transient", "activations", "total"):
         assert len(rows[name]) == 4, name
     assert len(rows["sent per step, MiB"]) == len(rows["MFLOPs per token"]) == 4
