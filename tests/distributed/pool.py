@@ -6,6 +6,7 @@ sends back what it returned. Where a rank raises, the test raises its traceback.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -53,7 +54,20 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             connection.send((function(*arguments), None))
         except Exception:
             connection.send((None, traceback.format_exc()))
+        _destroy_owner_groups()
     dist.destroy_process_group()
+
+
+def _destroy_owner_groups() -> None:
+    """End the groups that an engine left: gloo's threads of a group half gone spin for ever."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    gc.collect()
+    for group in list(_world.pg_map):
+        # DeepSpeed keeps a group of all ranks for every engine to come.
+        if group.size() < dist.get_world_size():
+            dist.destroy_process_group(group)
 
 
 class Pool:

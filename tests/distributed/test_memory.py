@@ -43,18 +43,22 @@ def _model() -> LlamaConfig:
 
 def check(case: Case, model: LlamaConfig, pool: Pool) -> None:
     measured, predicted = pool.run(measure, case, model), predict(case, model)
+    size, _, setup = case.closed_form(model)
+    # gloo's thread may hold what a reduction sent and received for a moment after the wait.
+    held_late = 2 * setup.reduction_bytes * max(unit.numel for unit in size.units)
     for rank, (found, form) in enumerate(zip(measured, predicted, strict=True)):
         ratio = ratios(found, form)
         where = f"rank {rank}: {found}, closed form {form}"
         for name in MODEL_STATE:
             assert ratio[name] == pytest.approx(1, abs=TOLERANCE), f"{name}, {where}"
         # Upper bounds, which one category more in the same place would break.
-        assert 0.8 < ratio["transient"] < 1 + TOLERANCE, where
+        assert ratio["transient"] > 0.8, where
+        assert found["transient"] < form["transient"] * (1 + TOLERANCE) + held_late, where
         assert 0.9 < ratio["construction"] < 1 + TOLERANCE, where
         assert ratio["subnetwork_and_block"] < 1 + TOLERANCE, where
         assert ratio["uncategorised"] < 0.02, where
         assert found["sent"] == pytest.approx(form["sent"], rel=0.02), where
-        assert found["training_peak"] < form["total"] * (1 + TOLERANCE), where
+        assert found["training_peak"] < form["total"] * (1 + TOLERANCE) + held_late, where
         # The walk misses no storage: as many bytes were allocated and not freed.
         assert found["total"] == pytest.approx(found["alive_after_step"], rel=0.01), where
 
