@@ -1,23 +1,30 @@
-"""Documents to token ids, in one process or several, in the order of the source."""
+"""Pieces to token ids, in one process or several, each to files of its own."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import multiprocessing
 import os
-from collections import Counter, deque
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep._common import encode_plain, load_tokenizer
+from data_prep._pieces import Limits, Piece
+from data_prep._seen import HASH, hash_text
+from data_prep._source import Document, Source, UnreadableFile, Unusable
+from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.data.indexed import best_dtype
 from sdp_llm.errors import ConfigError
 
@@ -25,157 +32,222 @@ from sdp_llm.errors import ConfigError
 # in every process would fight over the cores.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-_CHUNK_DOCUMENTS = 256
-_CHUNK_CHARACTERS = 1_000_000
-_CHUNKS_IN_THIS_PROCESS = 16  # a smaller source is done before worker processes have started
-_CHUNKS_IN_FLIGHT = 3  # per worker: enough that none waits, few enough to bound the memory
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1_000_000
+IN_FLIGHT = 2  # pieces per worker: none waits for work, and few lie on the disk unfinished
 
-
-@dataclass
-class Encoded:
-    """One chunk of documents after tokenization.
-
-    Attributes:
-        ids: Tokens of all documents back to back, each ending with eos, of the corpus's dtype.
-        lengths: Tokens per document, int32.
-        validation: Which documents belong to the validation split, bool.
-        sizes: UTF-8 bytes per document, int64.
-        dropped: Reason -> number of documents left out.
-        read: Documents that came in.
-    """
-
-    ids: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
-    validation: npt.NDArray[np.bool_]
-    sizes: npt.NDArray[np.int64]
-    dropped: Counter[str]
-    read: int
+# One row per document of an encoded piece; `position` counts the rows of the source, so that
+# gaps show where a row was left out.
+ROW = np.dtype([("position", "<i8"), ("tokens", "<i4"), ("bytes", "<i8"), ("hash", HASH)])
 
 
 class Encoder:
-    """Encode chunks of documents with one tokenizer; each worker process has one."""
+    """Encodes documents with one tokenizer; every worker process has one."""
 
-    def __init__(self, tokenizer_folder: Path, validation_fraction: float) -> None:
-        self._tokenizer = load_tokenizer(tokenizer_folder)
-        self._eos = self._tokenizer.eos_token_id
-        if self._eos is None:
+    def __init__(self, tokenizer_folder: Path, limits: Limits) -> None:
+        self.folder = tokenizer_folder
+        self.limits = limits
+        self.tokenizer = load_tokenizer(tokenizer_folder)
+        if self.tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"--tokenizer {tokenizer_folder}: has no eos token, which separates documents"
             )
-        self.vocab_size = len(self._tokenizer)
+        self.eos_id = int(self.tokenizer.eos_token_id)
+        self.vocab_size = len(self.tokenizer)
         self.dtype = best_dtype(self.vocab_size)
-        self._fraction = validation_fraction
 
-    @property
-    def eos_id(self) -> int:
-        """The id that ends every document."""
-        return int(self._eos)
-
-    def encode(self, documents: list[Any]) -> Encoded:
-        """Tokenize ``documents``; what is not usable text is counted by reason and left out."""
-        texts, sizes, validation = [], [], []
-        dropped: Counter[str] = Counter()
-        for text in documents:
-            if text is None or (isinstance(text, str) and not text.strip()):
-                dropped["empty"] += 1
-                continue
-            if not isinstance(text, str):
-                dropped["not_text"] += 1
-                continue
-            try:
-                data = text.encode("utf-8")
-            except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
-                dropped["invalid_unicode"] += 1
-                continue
-            texts.append(text)
-            sizes.append(len(data))
-            validation.append(in_validation(data, self._fraction))
-        rows = encode_plain(self._tokenizer, texts)
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text, ending with eos."""
+        rows = encode_plain(self.tokenizer, texts)
         for row in rows:
-            row.append(self._eos)
-        return Encoded(
-            ids=np.fromiter(chain.from_iterable(rows), dtype=self.dtype),
-            lengths=np.array([len(row) for row in rows], dtype=np.int32),
-            validation=np.array(validation, dtype=np.bool_),
-            sizes=np.array(sizes, dtype=np.int64),
-            dropped=dropped,
-            read=len(documents),
-        )
+            row.append(self.eos_id)
+        return rows
+
+    def usable(self, document: Document) -> bytes | Unusable:
+        """Return the UTF-8 of a document, or why it cannot be used."""
+        if isinstance(document, Unusable):
+            return document
+        if not document.strip():
+            return Unusable.EMPTY
+        try:
+            data = document.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+            return Unusable.INVALID_UNICODE
+        return Unusable.TOO_LONG if len(data) > self.limits.text_bytes else data
 
 
-def in_validation(text: bytes, fraction: float) -> bool:
-    """Return whether a text belongs to validation: its hash is in the lowest ``fraction``."""
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+@dataclass(frozen=True)
+class EncodedPiece:
+    """The files of one encoded piece: ids back to back, a ``ROW`` per document, and the rest.
+
+    Attributes:
+        read: Rows of the source that the piece had.
+        dropped: (position, reason) of each row left out.
+        failure: Why the rest of the piece could not be read; None if it could.
+    """
+
+    stem: Path
+    read: int
+    dropped: list[tuple[int, str]]
+    failure: str | None
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> EncodedPiece | None:
+        """Return the piece ``name``, or None if it is not there complete."""
+        try:
+            described = json.loads((folder / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+        dropped = [(position, reason) for position, reason in described["dropped"]]
+        return cls(folder / name, described["read"], dropped, described["failure"])
+
+    def rows(self) -> npt.NDArray[Any]:
+        """The documents, ``ROW`` of shape [documents]."""
+        return np.fromfile(self.stem.with_suffix(".rows"), dtype=ROW)
+
+    def ids(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The tokens of all documents, mapped from the disk."""
+        path = self.stem.with_suffix(".ids")
+        # mmap refuses an empty file.
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+    def remove(self) -> None:
+        """Delete the files; the one that makes the others count goes first."""
+        for suffix in (".json", ".rows", ".ids"):
+            self.stem.with_suffix(suffix).unlink(missing_ok=True)
 
 
-_encoder: Encoder | None = None  # of this worker process
+def encode_piece(encoder: Encoder, source: Source, piece: Piece, folder: Path) -> None:
+    """Write the files of :class:`EncodedPiece` into ``folder``, unless they are there.
 
+    A file that breaks off in the piece gives the documents before the break, and the failure.
 
-def _start_worker(tokenizer_folder: Path, validation_fraction: float) -> None:
-    global _encoder
-    _encoder = Encoder(tokenizer_folder, validation_fraction)
-
-
-def _encode_in_worker(documents: list[Any]) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(documents)
-
-
-def chunked(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    """Cut a stream into lists of bounded length, in documents and in characters."""
-    chunk: list[Any] = []
+    :raises HubUnreachable: The file is on the hub, which does not answer.
+    """
+    stem = folder / piece.name
+    if stem.with_suffix(".json").exists():
+        return
+    read = 0
+    dropped: list[tuple[int, str]] = []
+    failure = None
+    texts: list[str] = []
+    rows: list[tuple[int, int, int, bytes]] = []
     characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document) if isinstance(document, str) else 0
-        if len(chunk) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+    with _appearing(stem, ".ids") as ids_file, _appearing(stem, ".rows") as rows_file:
+
+        def flush() -> None:
+            nonlocal characters
+            encoded = encoder.encode(texts)
+            ids_file.write(np.fromiter(chain.from_iterable(encoded), encoder.dtype).tobytes())
+            table = np.array(rows, dtype=ROW)
+            table["tokens"] = [len(row) for row in encoded]
+            rows_file.write(table.tobytes())
+            texts.clear()
+            rows.clear()
+            characters = 0
+
+        try:
+            for document in piece.documents(source):
+                data = encoder.usable(document)
+                if isinstance(data, Unusable):
+                    dropped.append((read, data.value))
+                else:
+                    assert isinstance(document, str)
+                    texts.append(document)
+                    rows.append((read, 0, len(data), hash_text(data)))
+                    characters += len(document)
+                read += 1
+                if len(texts) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                    flush()
+        except UnreadableFile as error:
+            failure = str(error)
+        if texts:
+            flush()
+    # Last: where it exists, the other two are complete.
+    with _appearing(stem, ".json") as stream:
+        described = {"read": read, "dropped": dropped, "failure": failure}
+        stream.write(json.dumps(described).encode())
 
 
-def encode_all(
-    documents: Iterable[Any],
-    encoder: Encoder,
-    *,
-    workers: int,
-    tokenizer_folder: Path,
-    validation_fraction: float,
-) -> Iterator[Encoded]:
-    """Yield the encoded chunks in the order of the source, whatever the number of workers.
+@contextmanager
+def _appearing(stem: Path, suffix: str) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when the block has ended well."""
+    # The process's own name for it: an orphan of a killed run may still be writing the same piece.
+    temporary = stem.with_suffix(f"{suffix}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        yield stream
+    temporary.rename(stem.with_suffix(suffix))
 
-    One worker, or a small source, is encoded by this process. At most a few chunks per worker are
-    under way, so that memory does not depend on the size of the source.
+
+_job: tuple[Encoder, Source] | None = None  # of this worker process
+
+
+def _start_worker(tokenizer_folder: Path, limits: Limits, source: Source) -> None:
+    global _job
+    # Before anything slow: a worker whose parent was killed would wait for work forever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    _job = Encoder(tokenizer_folder, limits), source
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(piece: Piece, folder: Path) -> None:
+    assert _job is not None
+    encoder, source = _job
+    encode_piece(encoder, source, piece, folder)
+
+
+def encode_pieces(
+    pieces: Iterable[Piece], encoder: Encoder, source: Source, folder: Path, workers: int
+) -> Iterator[tuple[Piece, EncodedPiece]]:
+    """Encode pieces and yield each with its files, in order, whatever the number of workers.
+
+    At most ``IN_FLIGHT`` pieces per worker are under way. One worker is this process.
 
     :raises OSError: A worker process was killed.
     """
-    chunks = chunked(documents)
     if workers == 1:
-        yield from map(encoder.encode, chunks)
-        return
-    first = list(islice(chunks, _CHUNKS_IN_THIS_PROCESS))
-    rest = next(chunks, None)
-    if rest is None:
-        yield from map(encoder.encode, first)
+        for piece in pieces:
+            encode_piece(encoder, source, piece, folder)
+            yield piece, _finished(folder, piece)
         return
     # "spawn": the libraries that read the source run threads, which a fork would break.
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer_folder, validation_fraction),
+        initargs=(encoder.folder, encoder.limits, source),
     )
-    pending: deque[Future[Encoded]] = deque()
+    pending: deque[tuple[Piece, Future[None] | None]] = deque()
+
+    def oldest() -> tuple[Piece, EncodedPiece]:
+        piece, future = pending.popleft()
+        if future is not None:
+            future.result()
+        return piece, _finished(folder, piece)
+
     try:
-        for chunk in chain(first, [rest], chunks):
-            pending.append(pool.submit(_encode_in_worker, chunk))
-            if len(pending) >= _CHUNKS_IN_FLIGHT * workers:
-                yield pending.popleft().result()
+        for piece in pieces:
+            is_there = EncodedPiece.load(folder, piece.name) is not None  # from a killed run
+            future = None if is_there else pool.submit(_encode_in_worker, piece, folder)
+            pending.append((piece, future))
+            if len(pending) >= IN_FLIGHT * workers:
+                yield oldest()
         while pending:
-            yield pending.popleft().result()
+            yield oldest()
     except BrokenProcessPool as error:
         raise OSError("a worker process died, most likely for lack of memory") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(folder: Path, piece: Piece) -> EncodedPiece:
+    encoded = EncodedPiece.load(folder, piece.name)
+    assert encoded is not None
+    return encoded

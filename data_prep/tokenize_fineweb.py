@@ -1,13 +1,16 @@
 """Turn text into the token files that training reads, in Megatron's indexed format.
 
-``--source`` is a file, a folder or a glob of txt, jsonl and parquet files, or the name of a
-dataset on the HuggingFace hub (only this script ever talks to the hub). The output folder holds
-``train_text_document.{bin,idx}``, ``validation_text_document.{bin,idx}`` and ``manifest.json``; it
-appears complete or not at all, and is the same for any number of workers.
+``--source`` is a file, a folder or a glob of parquet, JSON lines and text files, or the name of a
+dataset on the HuggingFace hub (only the data scripts ever talk to the hub). The output folder
+holds ``train_text_document.{bin,idx}``, ``validation_text_document.{bin,idx}`` and
+``manifest.json``. It appears complete or not at all, and is the same for any number of workers.
+
+A run that was stopped in whatever way continues when the same command is given again.
 
 Every document is its tokens and then one end-of-sequence token, which separates it from the next;
 no beginning-of-sequence token is written. A document belongs to validation by a hash of its text,
-so that the split survives re-runs, more data, and copies of a text under different ids.
+so that the split survives re-runs, more data, and copies of a text under different ids. Of texts
+that are exactly equal only the first is kept.
 """
 
 from __future__ import annotations
@@ -15,116 +18,78 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-import numpy as np
-import numpy.typing as npt
-
 from data_prep._common import (
     Progress,
-    new_folder,
-    read_source,
+    format_size,
+    locked_folder,
+    note,
+    partial_of,
     refuse_existing,
     run_script,
     sha256_of,
 )
-from data_prep._encoding import Encoded, Encoder, encode_all
-from sdp_llm.data.indexed import IndexedDatasetWriter
+from data_prep._corpus import SPLITS, GrowingCorpus, State, check_settings
+from data_prep._encoding import Encoder, encode_pieces
+from data_prep._estimate import estimate, unfinished_bytes
+from data_prep._pieces import PIECE_BYTES, Limits, Piece, cut
+from data_prep._source import Source, find_source
 from sdp_llm.errors import ConfigError
+from sdp_llm.training.progress import duration
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "validation")
+__all__ = ["FORMAT_VERSION", "SPLITS", "main"]
 
-
-@dataclass
-class Counts:
-    """What went into one split."""
-
-    documents: int = 0
-    tokens: int = 0
-    utf8_bytes: int = 0
+FORMAT_VERSION = 2
 
 
-@dataclass
-class Totals:
-    """What a run has read and written so far."""
-
-    splits: dict[str, Counts] = field(default_factory=lambda: {s: Counts() for s in SPLITS})
-    dropped: Counter[str] = field(default_factory=Counter)
-    read: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all splits."""
-        return sum(counts.tokens for counts in self.splits.values())
-
-
-def write_splits(chunks: Iterable[Encoded], folder: Path, dtype: npt.DTypeLike) -> Totals:
-    """Write the token files of both splits into ``folder`` and count what goes in."""
-    totals = Totals()
-    progress = Progress("tokenize_fineweb")
-
-    def show(*, last: bool = False) -> None:
-        rate = totals.tokens / max(progress.seconds, 1e-3)
-        progress.update(
-            f"{totals.read} documents, {totals.tokens / 1e6:.2f} M tokens, {rate:,.0f} tokens/s",
-            last=last,
-        )
-
-    with (
-        IndexedDatasetWriter(folder / "train_text_document", dtype) as train,
-        IndexedDatasetWriter(folder / "validation_text_document", dtype) as validation,
-    ):
-        show()
-        for chunk in chunks:
-            ends = np.cumsum(chunk.lengths, dtype=np.int64)
-            for start, end, held_out in zip(
-                ends - chunk.lengths, ends, chunk.validation, strict=True
-            ):
-                (validation if held_out else train).add_document(chunk.ids[start:end])
-            for split, mask in zip(SPLITS, (~chunk.validation, chunk.validation), strict=True):
-                counts = totals.splits[split]
-                counts.documents += int(mask.sum())
-                counts.tokens += int(chunk.lengths[mask].sum())
-                counts.utf8_bytes += int(chunk.sizes[mask].sum())
-            totals.dropped += chunk.dropped
-            totals.read += chunk.read
-            show()
-    show(last=True)
-    return totals
-
-
-def manifest(
-    arguments: argparse.Namespace, encoder: Encoder, totals: Totals, folder: Path
+def output_settings(
+    arguments: argparse.Namespace, encoder: Encoder, source: Source
 ) -> dict[str, Any]:
-    """Describe the corpus in ``folder``: where it is from, what is in it, how to verify it."""
+    """Return all that decides the bytes of the output, as JSON values."""
+    import tokenizers
+
+    return {
+        "source": arguments.source,
+        "name": arguments.name,
+        "revision": source.revision,
+        "files": [[file.name, file.size] for file in source.files],
+        "text_column": arguments.text_column,
+        "max_documents": arguments.max_documents,
+        "max_document_megabytes": arguments.max_document_megabytes,
+        "validation_fraction": arguments.validation_fraction,
+        "dedup": not arguments.no_dedup,
+        "tokenizer_sha256": sha256_of(encoder.folder / "tokenizer.json"),
+        "tokenizers_version": tokenizers.__version__,
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def manifest(arguments: argparse.Namespace, encoder: Encoder, state: State) -> dict[str, Any]:
+    """Describe the corpus: all that is needed to make it again."""
     return {
         "format": "megatron-mmap-indexed",
         "format_version": FORMAT_VERSION,
-        "source": arguments.source,
-        "name": arguments.name,
-        "text_column": arguments.text_column,
-        "max_documents": arguments.max_documents,
-        "validation_fraction": arguments.validation_fraction,
+        "settings": state.settings,
         "tokenizer": {
             "path": str(arguments.tokenizer),
-            "sha256": sha256_of(arguments.tokenizer / "tokenizer.json"),
+            "sha256": state.settings["tokenizer_sha256"],
             "vocab_size": encoder.vocab_size,
             "eos_id": encoder.eos_id,
         },
         "dtype": encoder.dtype.name,
-        "documents_read": totals.read,
-        "dropped": dict(sorted(totals.dropped.items())),
-        "splits": {split: vars(counts) for split, counts in totals.splits.items()},
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.glob("*_document.*"))},
+        "documents_read": state.read,
+        "dropped": dict(sorted(state.dropped.items())),
+        "failed_files": state.failed_files,
+        "splits": {split: asdict(counts) for split, counts in state.splits.items()},
     }
 
 
@@ -134,40 +99,174 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--validation_fraction {arguments.validation_fraction}: must be at least 0 and below 1"
         )
-    for flag in ("workers", "max_documents"):
+    for flag in ("workers", "max_documents", "max_document_megabytes"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} {value}: must be at least 1")
-    refuse_existing(arguments.output)
+
+
+def is_complete(output: Path, settings: dict[str, Any]) -> bool:
+    """Return whether ``output`` is what the command would make.
+
+    :raises ConfigError: It is something else, which is not overwritten.
+    """
+    try:
+        described = json.loads((output / "manifest.json").read_text())
+    except (OSError, ValueError):
+        refuse_existing(output)
+        return False
+    check_settings(output, described.get("settings", {}), settings)
+    return True
+
+
+class Watch:
+    """The progress line: how far the run is, at what speed, and when it will end."""
+
+    def __init__(self, source: Source, state: State) -> None:
+        self._state = state
+        self._progress = Progress("tokenize_fineweb")
+        self._ends = [0, *accumulate(file.size for file in source.files)]
+        self._first_tokens = state.tokens
+        self._first_share: float | None = None
+        self._share = 0.0
+
+    def show(self, piece: Piece | None = None, *, last: bool = False) -> None:
+        """Show the line, after ``piece`` was appended."""
+        state, seconds = self._state, max(self._progress.seconds, 1e-3)
+        if piece is not None:
+            self._share = (self._ends[piece.file_number] + piece.end) / max(self._ends[-1], 1)
+            limit = state.settings["max_documents"]
+            if limit is not None:
+                self._share = max(self._share, state.read / limit)
+        if self._first_share is None:
+            self._first_share = self._share
+        done = self._share - self._first_share
+        eta = duration(seconds * (1 - self._share) / done) if done > 0 else "unknown"
+        rate = (state.tokens - self._first_tokens) / seconds
+        self._progress.update(
+            f"{state.read:,} documents, {state.tokens / 1e6:,.2f} M tokens, "
+            f"{rate:,.0f} tokens/s, {self._share:.1%} of the source, ETA {eta}",
+            last=last,
+        )
+
+    def say(self, message: str) -> None:
+        """Show another message in the same place."""
+        self._progress.update(message)
+
+
+def check_space(
+    arguments: argparse.Namespace, corpus: GrowingCorpus, source: Source, encoder: Encoder
+) -> None:
+    """Print what the run will take, and raise ConfigError if the disk has not as much."""
+    expected = estimate(source, arguments.text_column, encoder, arguments.max_documents)
+    if expected is None:
+        return  # nothing to write; the run finds out why
+    size = format_size(sum(file.size for file in source.files))
+    free = shutil.disk_usage(corpus.folder).free
+    print(
+        f"{arguments.source}: {len(source.files)} files of {size}; "
+        f"{'roughly' if expected.is_guess else 'about'} {expected.documents:,.0f} documents and "
+        f"{expected.tokens / 1e6:,.1f} M tokens, {format_size(expected.output_bytes)} to write, "
+        f"{format_size(free)} are free"
+    )
+    if not arguments.no_dedup:
+        print(
+            f"{arguments.source}: finding duplicates takes 16 bytes a document: "
+            f"{format_size(expected.hash_bytes)} of memory (twice that for moments) and of disk; "
+            "--no_dedup: none"
+        )
+    sys.stdout.flush()
+    written = corpus.state.tokens * encoder.dtype.itemsize
+    needed = expected.output_bytes + unfinished_bytes(arguments.workers) - written
+    if needed > free:
+        raise ConfigError(
+            f"--output {arguments.output}: needs {format_size(needed)} more, {format_size(free)} "
+            "are free there; free some or choose another disk"
+        )
+
+
+def fill(
+    arguments: argparse.Namespace, corpus: GrowingCorpus, source: Source, encoder: Encoder
+) -> None:
+    """Tokenize what the corpus lacks of the source, and append it."""
+    state, watch = corpus.state, Watch(source, corpus.state)
+    watch.show()
+    limit = arguments.max_documents
+    if limit is None or state.read < limit:
+        column, place = arguments.text_column, (state.file_number, state.part)
+        pieces = cut(source, column, encoder.limits, *place)
+        # Starting a process takes longer than encoding a piece.
+        size = sum(file.size for file in source.files)
+        workers = min(arguments.workers, max(1, size // PIECE_BYTES))
+        for piece, encoded in encode_pieces(pieces, encoder, source, corpus.pieces, workers):
+            corpus.append(encoded, piece.file.name, (piece.file_number, piece.part + 1))
+            watch.show(piece)
+            if limit is not None and state.read >= limit:
+                break
+    watch.show(last=True)
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Write the corpus folder ``--output``, complete or not at all, and print its counts."""
+    """Make the corpus folder ``--output``, or go on with it, and print its counts.
+
+    :raises OSError: The corpus is made, but some files of the source could not be read whole.
+    """
     check_arguments(arguments)
-    encoder = Encoder(arguments.tokenizer, arguments.validation_fraction)
-    source = read_source(arguments.source, arguments.name, arguments.text_column)
-    with new_folder(arguments.output) as folder:
-        chunks = encode_all(
-            islice(source, arguments.max_documents),
-            encoder,
-            workers=arguments.workers,
-            tokenizer_folder=arguments.tokenizer,
-            validation_fraction=arguments.validation_fraction,
-        )
-        totals = write_splits(chunks, folder, encoder.dtype)
-        if not totals.tokens:
-            raise ConfigError(
-                f"--source {arguments.source}: {totals.read} documents and no text in column "
-                f"{arguments.text_column!r}; check the files and --text_column"
-            )
-        described = manifest(arguments, encoder, totals, folder)
-        (folder / "manifest.json").write_text(json.dumps(described, indent=2) + "\n")
-    for split, counts in totals.splits.items():
-        print(f"{arguments.output}: {split}: {counts.documents} documents, {counts.tokens} tokens")
+    limits = Limits(text_bytes=arguments.max_document_megabytes * 1_000_000)
+    encoder = Encoder(arguments.tokenizer, limits)
+    source = find_source(arguments.source, arguments.name)
+    settings = output_settings(arguments, encoder, source)
+    output: Path = arguments.output
+    if output.exists() and is_complete(output, settings):
+        # What a run leaves that is killed after its last action.
+        shutil.rmtree(partial_of(output), ignore_errors=True)
+        print(f"{output}: complete already")
+        return
+    with locked_folder(output) as folder:
+        corpus = GrowingCorpus(folder, settings, encoder.dtype)
+        try:
+            if corpus.state.read:
+                print(f"{output}: going on after {corpus.state.read:,} documents", flush=True)
+            check_space(arguments, corpus, source, encoder)
+            fill(arguments, corpus, source, encoder)
+            if not corpus.state.tokens:
+                raise no_text(arguments, corpus.state)
+            described = manifest(arguments, encoder, corpus.state)
+            corpus.finish(output, described, lambda text: print(f"{output}: {text}", flush=True))
+        except BaseException as error:
+            if not corpus.state.tokens:
+                corpus.close()
+                shutil.rmtree(folder)
+            elif isinstance(error, (OSError, KeyboardInterrupt)):
+                with suppress(OSError):  # a full disk; the pieces are there even so
+                    corpus.save()
+                note(f"{folder} keeps what is done; the same command goes on from there")
+            raise
+    report(output, corpus.state)
+
+
+def no_text(arguments: argparse.Namespace, state: State) -> ConfigError:
+    """Return the error for a source without any text."""
+    reason = f"{state.read} documents and no text in column {arguments.text_column!r}"
+    if state.failed_files:
+        reason = "{file}: {error}".format(**state.failed_files[0])
+    return ConfigError(f"--source {arguments.source}: {reason}; check the files and --text_column")
+
+
+def report(output: Path, state: State) -> None:
+    """Print what the corpus holds; raise OSError if files could not be read whole."""
+    for split, counts in state.splits.items():
+        print(f"{output}: {split}: {counts.documents:,} documents, {counts.tokens:,} tokens")
         if not counts.documents:
             print(f"tokenize_fineweb: warning: the {split} split is empty", file=sys.stderr)
-    if totals.dropped:
-        print(f"{arguments.output}: dropped {dict(totals.dropped)}")
+    if state.dropped:
+        print(f"{output}: left out: " + ", ".join(f"{n} {r}" for r, n in state.dropped.items()))
+    if state.failed_files:
+        listed = "; ".join(f"{failed['file']}: {failed['error']}" for failed in state.failed_files)
+        raise OSError(
+            f"{output} is complete but for what could not be read: {listed}; to have that too, "
+            f"mend the files, remove {output} and start again"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,6 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
     add("--validation_fraction", type=float, default=0.005, help="of the documents (0.005)")
     add("--max_documents", type=int, help="stop after this many documents of the source")
+    add("--max_document_megabytes", type=int, default=16, help="leave out longer texts (16)")
+    add("--no_dedup", action="store_true", help="keep texts that are exactly equal")
     add("--text_column", default="text", help="column of the text (default text)")
     return run_script("tokenize_fineweb", tokenize, parser.parse_args(argv))
 

@@ -25,16 +25,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data_prep._common import (
-    Progress,
-    encode_plain,
-    find_files,
-    load_tokenizer,
-    new_folder,
-    read_file,
-    refuse_existing,
-    run_script,
+from data_prep._common import Progress, new_folder, refuse_existing, run_script
+from data_prep._source import (
+    Document,
+    Source,
+    SourceFile,
+    UnreadableFile,
+    decode_record,
+    find_source,
+    read_footer,
+    read_records,
+    read_rows,
 )
+from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.errors import ConfigError
 
 _MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out
@@ -47,24 +50,41 @@ _PROBES = [
 ]
 
 
+def read_spread(source: Source, file: SourceFile, column: str) -> Iterator[Document]:
+    """Yield the documents of a file such that a few of them come from all over a parquet file.
+
+    Other formats can only be read from their start.
+
+    :raises UnreadableFile: The file is corrupt or has no such column.
+    """
+    if file.format != "parquet":
+        for record in read_records(source, file, column, _MAX_LINE):
+            yield decode_record(record, file, column)
+        return
+    row_groups = range(read_footer(source, file, column).row_groups)
+    # Multiples of the golden ratio spread evenly, however few of them are taken.
+    for group in sorted(row_groups, key=lambda number: number * 0.6180339887498949 % 1):
+        yield from read_rows(source, file, column, range(group, group + 1))
+
+
 def sample_documents(
-    files: list[str], text_column: str, max_bytes: int
+    sources: list[Source], text_column: str, max_bytes: int
 ) -> tuple[list[str], list[str]]:
-    """Read at most ``max_bytes`` of UTF-8: an equal share of each file, from its start.
+    """Read at most ``max_bytes`` of UTF-8: an equal share of each file.
 
     What a short file leaves over goes to the files after it.
 
     :returns: (training documents, held-out documents); a document's own hash says which it is.
+    :raises ConfigError: A file cannot be read, or there is no text.
     """
     training: list[str] = []
     held_out: list[str] = []
     progress = Progress("train_tokenizer")
     total = held_bytes = 0
-    for position, file in enumerate(files):
+    files = [(source, file) for source in sources for file in source.files]
+    for position, (source, file) in enumerate(files):
         limit = total + (max_bytes - total) // (len(files) - position)
-        for text in read_file(file, text_column):
-            if not isinstance(text, str) or not text.strip():
-                continue
+        for text in _texts(source, file, text_column):
             data = text.encode("utf-8", "replace")
             digest = hashlib.blake2b(data, digest_size=8).digest()
             if int.from_bytes(digest, "little") % _HELD_OUT_ONE_IN == 0:
@@ -78,11 +98,20 @@ def sample_documents(
             if total >= limit:
                 break
     if not training:
-        raise ConfigError(f"--input {' '.join(files)}: no text; give files with documents")
+        raise ConfigError(f"--input: no text in {', '.join(file.path for _, file in files)}")
     if not held_out:  # a handful of documents: the last one is better than no check
         held_out.append(training.pop() if len(training) > 1 else training[0])
     progress.update(f"read {len(training)} documents, {total / 1e6:.1f} MB", last=True)
     return training, held_out
+
+
+def _texts(source: Source, file: SourceFile, column: str) -> Iterator[str]:
+    try:
+        for document in read_spread(source, file, column):
+            if isinstance(document, str) and document.strip():
+                yield document
+    except UnreadableFile as error:
+        raise ConfigError(f"--input {file.path}: {error}") from error
 
 
 @contextmanager
@@ -220,14 +249,9 @@ def build(arguments: argparse.Namespace) -> None:
     else:
         if arguments.sample_megabytes <= 0:
             raise ConfigError(f"--sample_megabytes {arguments.sample_megabytes}: must be above 0")
-        files = []
-        for pattern in arguments.input:
-            found = find_files(pattern)
-            if not found:
-                raise ConfigError(f"--input {pattern}: no such file")
-            files += found
+        sources = [find_source(name, arguments.name, "--input") for name in arguments.input]
         limit = int(arguments.sample_megabytes * 1e6)
-        training, held_out = sample_documents(files, arguments.text_column, limit)
+        training, held_out = sample_documents(sources, arguments.text_column, limit)
         model = train_sentencepiece(training, arguments.vocab_size)
     with new_folder(arguments.output) as folder:
         try:
@@ -251,8 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="txt, jsonl or parquet: files, folders, globs")
+    source.add_argument(
+        "--input", nargs="+", help="files, folders or globs of text, or a dataset on the hub"
+    )
     source.add_argument("--from_model", type=Path, help="convert this tokenizer.model instead")
+    parser.add_argument("--name", help="configuration of the hub dataset, such as sample-10BT")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, default=8192, help="pieces (default 8192)")
     parser.add_argument(

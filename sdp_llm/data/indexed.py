@@ -67,6 +67,26 @@ def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
 
 
+def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: npt.DTypeLike) -> None:
+    """Write the .idx of a .bin in which every document is one sequence, and flush it to disk.
+
+    :param lengths: Tokens per document, shape [documents].
+    :param dtype: Of the ids in the .bin.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
+    pointers = np.concatenate(([0], ends))[: len(lengths)]
+    documents = np.arange(len(lengths) + 1)
+    code = _CODE_BY_DTYPE[np.dtype(dtype).newbyteorder("<")]
+    with path.open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(documents)))
+        stream.write(lengths.astype("<i4", copy=False).tobytes())
+        for part in (pointers, documents):
+            stream.write(part.astype("<i8", copy=False).tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -136,10 +156,7 @@ class IndexedDatasetWriter:
         os.fsync(self._bin.fileno())
         self._bin.close()
         self._bin = None
-        with self._temporary[1].open("wb") as stream:
-            self._write_index(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_index(self._temporary[1], np.frombuffer(self._lengths, dtype=np.intc), self.dtype)
         # The index last: where it exists, its .bin is complete.
         for temporary, final in zip(self._temporary, self._final, strict=True):
             temporary.rename(final)
@@ -152,16 +169,6 @@ class IndexedDatasetWriter:
             self._bin = None
         for temporary in self._temporary:
             temporary.unlink(missing_ok=True)
-
-    def _write_index(self, stream: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.intc).astype("<i4")
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        pointers = np.concatenate(([0], ends))[: len(lengths)].astype("<i8")
-        documents = np.arange(len(lengths) + 1, dtype="<i8")
-        code = _CODE_BY_DTYPE[self.dtype]
-        stream.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(documents)))
-        for part in (lengths, pointers, documents):
-            stream.write(part.tobytes())
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -262,6 +269,11 @@ class IndexedDataset:
     def num_tokens(self) -> int:
         """Number of tokens of all documents together."""
         return self._num_tokens
+
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens per document, int64 of shape [num_documents]."""
+        ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
+        return np.diff(ends[self._documents])
 
     def document(self, index: int) -> npt.NDArray[np.int64]:
         """Return the token ids of one document, int64 of shape [length].

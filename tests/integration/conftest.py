@@ -19,6 +19,7 @@ import pytest
 
 from data_prep import tokenize_fineweb, train_tokenizer
 from tests.conftest import ROOT
+from tests.integration.corpora import texts, write_jsonl
 
 VOCABULARY = 320
 POSITIONS = 64
@@ -71,10 +72,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         config=folder / "run.json",
     )
     words = LINE.split()
-    texts = [" ".join(words[(i + k * k) % len(words)] for k in range(40)) for i in range(300)]
+    documents = [" ".join(words[(i + k * k) % len(words)] for k in range(40)) for i in range(300)]
     source = folder / "text.jsonl"
     source.write_text(
-        "".join(json.dumps({"text": f"{t} {i}."}) + "\n" for i, t in enumerate(texts))
+        "".join(json.dumps({"text": f"{t} {i}."}) + "\n" for i, t in enumerate(documents))
     )
     options = ["--input", str(source), "--vocab_size", str(VOCABULARY)]
     assert train_tokenizer.main([*options, "--output", str(made.tokenizer)]) == 0
@@ -118,6 +119,16 @@ def run_config(tiny: Tiny) -> dict[str, Any]:
             "eval_samples": EVAL_SAMPLES,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 pieces for the texts of `corpora.texts`."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    source = write_jsonl(folder / "text.jsonl", texts(300))
+    arguments = ["--input", str(source), "--vocab_size", "400", "--output", str(folder / "t")]
+    assert train_tokenizer.main(arguments) == 0
+    return folder / "t"
 
 
 # -- commands -------------------------------------------------------------------------------------
