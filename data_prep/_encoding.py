@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep._pieces import Limits, Piece
+from data_prep._reading import Document, UnreadableFile, Unusable
 from data_prep._seen import HASH, hash_text
-from data_prep._source import Document, Source, UnreadableFile, Unusable
+from data_prep._source import Source
 from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.data.indexed import best_dtype
 from sdp_llm.errors import ConfigError

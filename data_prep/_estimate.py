@@ -7,8 +7,9 @@ from itertools import islice
 
 from data_prep._encoding import IN_FLIGHT, Encoder
 from data_prep._pieces import PIECE_BYTES, Piece, cut
+from data_prep._reading import UnreadableFile, read_footer
 from data_prep._seen import HASH
-from data_prep._source import Source, UnreadableFile, read_footer
+from data_prep._source import Source
 
 _SAMPLE_DOCUMENTS = 256
 _COMPRESSED_TEXT = 3.5  # bytes of text per byte of .gz or .zst: typical of English web text

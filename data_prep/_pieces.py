@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from data_prep._source import (
+from data_prep._reading import (
     Document,
-    Source,
-    SourceFile,
     UnreadableFile,
     Unusable,
     decode_record,
@@ -21,6 +19,7 @@ from data_prep._source import (
     read_records,
     read_rows,
 )
+from data_prep._source import Source, SourceFile
 
 PIECE_BYTES = 4 << 20  # of the file; of undecoded records, which travel to the worker
 _HUB_PIECE_BYTES = 32 << 20  # a parquet file's footer, up to some MB, is fetched for each piece

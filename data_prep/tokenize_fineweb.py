@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
     add("--validation_fraction", type=float, default=0.005, help="of the documents (0.005)")
     add("--max_documents", type=int, help="stop after this many documents of the source")
-    add("--max_document_megabytes", type=int, default=16, help="leave out longer texts (16)")
+    add("--max_document_megabytes", type=int, default=8, help="leave out longer texts (8)")
     add("--no_dedup", action="store_true", help="keep texts that are exactly equal")
     add("--text_column", default="text", help="column of the text (default text)")
     return run_script("tokenize_fineweb", tokenize, parser.parse_args(argv))

@@ -26,17 +26,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from data_prep._common import Progress, new_folder, refuse_existing, run_script
-from data_prep._source import (
+from data_prep._reading import (
     Document,
-    Source,
-    SourceFile,
     UnreadableFile,
     decode_record,
-    find_source,
     read_footer,
     read_records,
     read_rows,
 )
+from data_prep._source import Source, SourceFile, find_source
 from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.errors import ConfigError
 
