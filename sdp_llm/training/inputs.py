@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
-from sdp_llm.data.indexed import IndexedDataset
-from sdp_llm.data.sampler import PackedDataset, validation_samples
+from sdp_llm.config import BatchSizes, DataConfig, RunConfig, require_pretraining, resolve_batch
+from sdp_llm.data import BlendedDataset, IndexedDataset, PackedDataset, TrainingData
+from sdp_llm.data.sampler import validation_samples
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, plan_from_config
 from sdp_llm.subnetwork.measure import load_model_config
@@ -24,7 +24,7 @@ class Inputs:
     model: PretrainedConfig
     plan: Plan
     batch: BatchSizes
-    train: PackedDataset
+    train: TrainingData
     validation: PackedDataset | None
 
 
@@ -47,29 +47,48 @@ def load_inputs(run: RunConfig, world_size: int) -> Inputs:
             f"data.sequence_length = {length}: longer than the model's "
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
-    train = _open("data.train", run.data.train, length)
-    if len(train) < batch.global_batch:
-        raise ConfigError(
-            f"data.train = {json.dumps(run.data.train)}: {len(train)} samples of {length} tokens "
-            f"are less than one global batch of {batch.global_batch}; use a larger corpus, "
-            "shorter sequences or a smaller train_batch_size"
-        )
+    corpora = _open_training(run.data)
+    train = _blend(run.data, list(corpora.values()), batch.global_batch)
     validation = None
     if run.data.validation is not None:
-        validation = _open("data.validation", run.data.validation, length)
-    for key, dataset in (("train", train), ("validation", validation)):
-        if dataset is not None:
-            _check_ids(f"data.{key}", dataset, text.vocab_size, run.model.config)
+        key = f"data.validation = {json.dumps(run.data.validation)}"
+        validation = corpora[key] = _open(key, run.data.validation, length)
+    for key, corpus in corpora.items():
+        _check_ids(key, corpus, text.vocab_size, run.model.config)
     if run.data.tokenizer is not None:
         _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
     return Inputs(model, plan, batch, train, validation)
+
+
+def _open_training(data: DataConfig) -> dict[str, PackedDataset]:
+    """The training corpora, by how the config names each."""
+    if isinstance(data.train, str):
+        named = {f"data.train = {json.dumps(data.train)}": data.train}
+    else:
+        named = {f"data.train[{json.dumps(prefix)}]": prefix for prefix in data.train}
+    return {key: _open(key, prefix, data.sequence_length) for key, prefix in named.items()}
 
 
 def _open(key: str, prefix: str, length: int) -> PackedDataset:
     try:
         return PackedDataset(IndexedDataset(prefix), length)
     except ConfigError as error:
-        raise ConfigError(f"{key} = {json.dumps(prefix)}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _blend(data: DataConfig, corpora: list[PackedDataset], global_batch: int) -> TrainingData:
+    """What the corpora are read as.
+
+    :raises ConfigError: a corpus is too small for its part of a global batch.
+    """
+    try:
+        train: TrainingData = corpora[0]
+        if not isinstance(data.train, str):
+            train = BlendedDataset(corpora, list(data.train.values()))
+        train.require_batch(global_batch)
+    except ConfigError as error:
+        raise ConfigError(f"data.train = {json.dumps(data.train)}: {error}") from None
+    return train
 
 
 def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -> None:
@@ -77,9 +96,8 @@ def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -
     largest = int(dataset.batch(validation_samples(dataset, 64)).max())
     if largest >= vocab_size:
         raise ConfigError(
-            f"{key} = {json.dumps(str(dataset.dataset.prefix))}: has token id {largest}, but "
-            f"vocab_size = {vocab_size} in {config}; use the tokenizer that the corpus was made "
-            "with, and a model with as many ids"
+            f"{key}: has token id {largest}, but vocab_size = {vocab_size} in {config}; use the "
+            "tokenizer that the corpus was made with, and a model with as many ids"
         )
 
 
