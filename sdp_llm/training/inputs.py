@@ -9,12 +9,18 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sdp_llm.config import BatchSizes, DataConfig, RunConfig, require_pretraining, resolve_batch
-from sdp_llm.data import BlendedDataset, IndexedDataset, PackedDataset, TrainingData
-from sdp_llm.data.sampler import validation_samples
+from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
+from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, plan_from_config
 from sdp_llm.subnetwork.measure import load_model_config
+from sdp_llm.training.corpora import (
+    blend,
+    check_ids,
+    check_tokenizer_of,
+    open_training,
+    open_validation,
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,11 @@ class Inputs:
     validation: PackedDataset | None
 
 
-def load_inputs(run: RunConfig, world_size: int) -> Inputs:
+def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
     """Open and check all that a pretraining run reads.
 
+    :param rank: this process of ``world_size`` that call this function and share what takes long;
+        None: it is alone.
     :raises ConfigError: naming the key, its value and the fix, for the first thing that is wrong.
     """
     require_pretraining(run)
@@ -47,58 +55,14 @@ def load_inputs(run: RunConfig, world_size: int) -> Inputs:
             f"data.sequence_length = {length}: longer than the model's "
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
-    corpora = _open_training(run.data)
-    train = _blend(run.data, list(corpora.values()), batch.global_batch)
-    validation = None
-    if run.data.validation is not None:
-        key = f"data.validation = {json.dumps(run.data.validation)}"
-        validation = corpora[key] = _open(key, run.data.validation, length)
-    for key, corpus in corpora.items():
-        _check_ids(key, corpus, text.vocab_size, run.model.config)
+    training, validation = open_training(run.data), open_validation(run.data)
+    corpora = training | validation
+    train = blend(run.data, list(training.values()), batch.global_batch)
+    check_ids(corpora, text.vocab_size, run.model.config, rank, world_size)
     if run.data.tokenizer is not None:
         _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
-    return Inputs(model, plan, batch, train, validation)
-
-
-def _open_training(data: DataConfig) -> dict[str, PackedDataset]:
-    """The training corpora, by how the config names each."""
-    if isinstance(data.train, str):
-        named = {f"data.train = {json.dumps(data.train)}": data.train}
-    else:
-        named = {f"data.train[{json.dumps(prefix)}]": prefix for prefix in data.train}
-    return {key: _open(key, prefix, data.sequence_length) for key, prefix in named.items()}
-
-
-def _open(key: str, prefix: str, length: int) -> PackedDataset:
-    try:
-        return PackedDataset(IndexedDataset(prefix), length)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
-
-
-def _blend(data: DataConfig, corpora: list[PackedDataset], global_batch: int) -> TrainingData:
-    """What the corpora are read as.
-
-    :raises ConfigError: a corpus is too small for its part of a global batch.
-    """
-    try:
-        train: TrainingData = corpora[0]
-        if not isinstance(data.train, str):
-            train = BlendedDataset(corpora, list(data.train.values()))
-        train.require_batch(global_batch)
-    except ConfigError as error:
-        raise ConfigError(f"data.train = {json.dumps(data.train)}: {error}") from None
-    return train
-
-
-def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -> None:
-    """Look at a spread of samples: an id outside the vocabulary is an index error hours later."""
-    largest = int(dataset.batch(validation_samples(dataset, 64)).max())
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{key}: has token id {largest}, but vocab_size = {vocab_size} in {config}; use the "
-            "tokenizer that the corpus was made with, and a model with as many ids"
-        )
+        check_tokenizer_of(corpora, run.data.tokenizer)
+    return Inputs(model, plan, batch, train, next(iter(validation.values()), None))
 
 
 def _check_tokenizer(folder: str, vocab_size: int, config: str) -> None:
