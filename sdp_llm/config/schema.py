@@ -123,6 +123,11 @@ class DataConfig:
     sequence_length: int = key(POSITIVE, "tokens per sample")
     validation: str | None = key(STRING, "path of the validation corpus, likewise", None)
     tokenizer: str | None = key(STRING, "folder of the tokenizer, copied into the export", None)
+    document_mask: bool = key(
+        BOOLEAN,
+        "attend within documents only, with positions from 0 in each; false: across them",
+        False,
+    )
 
 
 @dataclass(frozen=True)

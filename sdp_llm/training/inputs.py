@@ -21,17 +21,22 @@ from sdp_llm.training.corpora import (
     open_training,
     open_validation,
 )
+from sdp_llm.training.documents import separator
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run config names: its model's config, its plan and its data."""
+    """What a run config names: its model's config, its plan and its data.
+
+    ``eos_id`` ends every document, where the config keeps documents apart; otherwise None.
+    """
 
     model: PretrainedConfig
     plan: Plan
     batch: BatchSizes
     train: TrainingData
     validation: PackedDataset | None
+    eos_id: int | None = None
 
 
 def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
@@ -59,14 +64,16 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     corpora = training | validation
     train = blend(run.data, list(training.values()), batch.global_batch)
     check_ids(corpora, text.vocab_size, run.model.config, rank, world_size)
+    tokenizer = None
     if run.data.tokenizer is not None:
-        _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
         check_tokenizer_of(corpora, run.data.tokenizer)
-    return Inputs(model, plan, batch, train, next(iter(validation.values()), None))
+    eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
+    return Inputs(model, plan, batch, train, next(iter(validation.values()), None), eos_id)
 
 
-def _check_tokenizer(folder: str, vocab_size: int, config: str) -> None:
-    tokenizer = load_tokenizer(folder)
+def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"data.tokenizer = {json.dumps(folder)}: has {len(tokenizer)} ids, more than "
