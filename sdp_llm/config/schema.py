@@ -128,6 +128,9 @@ class DataConfig:
         "attend within documents only, with positions from 0 in each; false: across them",
         False,
     )
+    num_workers: int = key(
+        COUNT, "processes per rank that read batches ahead; 0: the rank reads them itself", 0
+    )
 
 
 @dataclass(frozen=True)
