@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sdp_llm.data import IndexedDataset
+from sdp_llm.data.manifest import read_manifest
 from tests.integration.conftest import (
     STEPS,
     Finished,
@@ -82,6 +85,16 @@ def test_the_run_folder_starts_the_same_run_again(runs: Runs) -> None:
     config = json.loads((runs.launched.folder / "config.json").read_text())
     assert list(config["data"]["train"].values()) == list(SHARES.values())
     assert (config["data"]["document_mask"], config["data"]["num_workers"]) == (True, 2)
+
+
+def test_the_manifest_of_data_prep_is_understood(tiny: Tiny) -> None:
+    digest = hashlib.sha256((tiny.tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    for split in SHARES:
+        prefix = tiny.corpus / f"{split}_text_document"
+        data, manifest = IndexedDataset(prefix), read_manifest(prefix)
+        assert manifest.largest_id == data.tokens(0, data.num_tokens).max()
+        assert manifest.eos_id == data.tokens(0, data.num_tokens)[-1]
+        assert manifest.tokenizer_sha256 == digest
 
 
 def test_each_rank_checks_its_part_of_the_ids(tiny: Tiny, tmp_path: Path) -> None:
