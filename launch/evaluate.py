@@ -31,28 +31,33 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from sdp_llm.data.indexed import IndexedDataset
-    from sdp_llm.data.sampler import PackedDataset, validation_samples
+    from sdp_llm.data.sampler import validation_samples
     from sdp_llm.evaluation import Evaluation
     from sdp_llm.loss import summed_loss, target_count
+    from sdp_llm.training.corpora import open_validation
+    from sdp_llm.training.documents import separator
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
 
-    dataset = PackedDataset(IndexedDataset(run.data.validation), run.data.sequence_length)
+    corpora = open_validation(run.data)
+    [dataset] = corpora.values()
     samples = torch.from_numpy(
         dataset.batch(validation_samples(dataset, run.training.eval_samples))
     )
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = None if run.data.tokenizer is None else load_tokenizer(run.data.tokenizer)
+    attention = model.config._attn_implementation
+    eos_id = separator(run.data, model.config, attention, tokenizer, corpora)
     model.to(device_type()).eval()
     total = 0.0
     with torch.no_grad():
         for part in samples.split(arguments.micro_batch_size):
-            total += summed_loss(model, part.to(device_type())).item()
+            total += summed_loss(model, part.to(device_type()), eos_id).item()
     tokens = target_count(samples)
     result = Evaluation(total / tokens, tokens)
     text = ""
-    if run.data.tokenizer is not None:
-        text_bytes = target_bytes(load_tokenizer(run.data.tokenizer), samples)
+    if tokenizer is not None:
+        text_bytes = target_bytes(tokenizer, samples)
         text = f", {result.bits_per_byte(text_bytes):.4f} bits per byte"
     print(f"validation loss {result.loss:.6f} nats per token{text} ({tokens:,} tokens)")
 

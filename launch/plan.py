@@ -56,6 +56,7 @@ def report(config: RunConfig, world_size: int, backend: str | None) -> str:
         attn_implementation=config.model.attn_implementation,
         dtype=torch.bfloat16 if config.bf16.enabled else torch.float32,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        document_mask=config.data is not None and config.data.document_mask,
     )
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     setup = setup_from_config(config, batch.accumulation, backend)

@@ -26,7 +26,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
         from sdp_llm.training.inputs import load_inputs
 
-        inputs = load_inputs(run, world_size)
+        inputs = load_inputs(run, world_size, int(os.environ.get("RANK", "0")))
 
         from sdp_llm.engine import init_distributed
         from sdp_llm.training.backends import EngineBackend

@@ -229,9 +229,9 @@ class SDPEngine(DeepSpeedEngine):
 
     # -- the whole model ----------------------------------------------------------------------
 
-    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+    def evaluate(self, samples: Tensor, micro_batch: int, eos_id: int | None = None) -> Evaluation:
         """The whole model's loss; see :func:`sdp_llm.evaluation.evaluate`. Collective."""
-        return evaluate(self.sharded, samples, micro_batch)
+        return evaluate(self.sharded, samples, micro_batch, eos_id)
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
         """Write the whole model as a HuggingFace checkpoint. Collective over the world."""

@@ -134,13 +134,16 @@ class _Sender:
 
 
 @torch.no_grad()
-def evaluate(sharded: ShardedModel, samples: Tensor, micro_batch: int) -> Evaluation:
+def evaluate(
+    sharded: ShardedModel, samples: Tensor, micro_batch: int, eos_id: int | None = None
+) -> Evaluation:
     """The whole model's loss over the samples of all ranks. Collective over the world.
 
     :param samples: this rank's token ids ``[samples, sequence + 1]``; ranks may have different
         numbers of them, also none.
     :param micro_batch: samples per forward. Each forward makes every block travel once, so take
         as many as memory allows; the activations of one block and the logits exist at a time.
+    :param eos_id: the id that ends every document: then documents do not see each other.
     """
     device = sharded.units[0].flat.device
     rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
@@ -152,9 +155,9 @@ def evaluate(sharded: ShardedModel, samples: Tensor, micro_batch: int) -> Evalua
             part = samples[i * micro_batch : (i + 1) * micro_batch].to(device)
             if len(part) == 0:
                 # Blocks travel in every rank's forward: run one that does not count.
-                summed_loss(model, samples.new_zeros(1, samples.shape[1]).to(device))
+                summed_loss(model, samples.new_zeros(1, samples.shape[1]).to(device), eos_id)
                 continue
-            total[0] += summed_loss(model, part).double()
+            total[0] += summed_loss(model, part, eos_id).double()
             total[1] += target_count(part)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)

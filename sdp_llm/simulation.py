@@ -43,6 +43,7 @@ class Simulation:
     :param optimizer: makes a torch optimizer from parameter groups (with and without decay).
     :param dtype: of the weights; masters and gradients are fp32.
     :param max_norm: clip the global gradient norm to this (0: never).
+    :param eos_id: the id that ends every document: then documents do not see each other.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Simulation:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
+        eos_id: int | None = None,
     ) -> None:
         self.plan = plan
+        self.eos_id = eos_id
         self.masking = masking
         self.max_norm = max_norm
         self.model = empty_model(config, attn_implementation)
@@ -110,7 +113,7 @@ class Simulation:
             losses.append(0.0)
             with self.worker(rank):
                 for part in samples.split(micro_batch or len(samples)):
-                    loss = summed_loss(self.model, part) / targets
+                    loss = summed_loss(self.model, part, self.eos_id) / targets
                     loss.backward()
                     losses[rank] += loss.item()
                     self._collect(total)
@@ -141,7 +144,7 @@ class Simulation:
         """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors."""
         total, targets = 0.0, 0
         for batch in batches:
-            total += summed_loss(self.model, batch).item()
+            total += summed_loss(self.model, batch, self.eos_id).item()
             targets += target_count(batch)
         return total / targets
 

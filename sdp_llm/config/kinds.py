@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -137,6 +137,23 @@ def _parse_any_string(path: str, value: Any) -> str:
     return value
 
 
+def _parse_corpora(path: str, value: Any) -> str | dict[str, float]:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, Mapping) or not value:
+        rule = (
+            'expected a path, or an object of paths and weights such as {"data/a": 3, "data/b": 1}'
+        )
+        raise wrong(path, value, rule)
+    for prefix, weight in value.items():
+        where = f"{path}[{json.dumps(prefix)}]"
+        if not prefix:
+            raise wrong(where, weight, "the path is empty; name the corpus without .bin and .idx")
+        if not is_number(weight) or weight <= 0:
+            raise wrong(where, weight, "expected a weight > 0; remove a corpus that is not wanted")
+    return dict(value)
+
+
 def _parse_betas(path: str, value: Any) -> list[float]:
     inside = isinstance(value, list | tuple) and all(is_number(b) and 0 <= b < 1 for b in value)
     if not inside or len(value) != 2:
@@ -195,6 +212,7 @@ COUNT = integer(0)
 BOOLEAN = Kind("true or false", _parse_boolean)
 STRING = Kind("string", _parse_string)
 ANY_STRING = Kind("string", _parse_any_string)
+CORPORA = Kind("string or {string: weight}", _parse_corpora)
 BETAS = Kind("pair of numbers", _parse_betas)
 COVERAGE = Kind('number or "a/b"', _parse_coverage, str)
 OWNER_SETS = Kind(

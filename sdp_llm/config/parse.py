@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.config import deepspeed_keys as tables
-from sdp_llm.config.kinds import ANY_STRING, AUTO, AUTO_KEYS, STRING, unknown, wrong
+from sdp_llm.config.kinds import ANY_STRING, AUTO, AUTO_KEYS, CORPORA, STRING, unknown, wrong
 from sdp_llm.config.schema import RunConfig
 from sdp_llm.errors import ConfigError
 
@@ -179,7 +179,8 @@ def _override_value(item: Field[Any] | None, text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     # A run folder named 123 is meant as text.
-    is_text = item is not None and item.metadata.get("kind") in (STRING, ANY_STRING)
+    kind = item.metadata.get("kind") if item is not None else None
+    is_text = kind in (STRING, ANY_STRING) or (kind == CORPORA and not isinstance(value, dict))
     return text if is_text and not isinstance(value, str | None) else value
 
 

@@ -19,6 +19,7 @@ from sdp_llm.config.kinds import (
     ANY_STRING,
     BOOLEAN,
     COMMUNICATION_DTYPE,
+    CORPORA,
     COUNT,
     COVERAGE,
     OWNER_SETS,
@@ -113,12 +114,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The tokenized corpus."""
+    """The tokenized corpora, and how samples are made of them."""
 
-    train: str = key(STRING, "path of the training corpus without .bin and .idx")
+    train: str | Mapping[str, float] = key(
+        CORPORA,
+        "path of the training corpus without .bin and .idx; or several, with the weight of each",
+    )
     sequence_length: int = key(POSITIVE, "tokens per sample")
     validation: str | None = key(STRING, "path of the validation corpus, likewise", None)
     tokenizer: str | None = key(STRING, "folder of the tokenizer, copied into the export", None)
+    document_mask: bool = key(
+        BOOLEAN,
+        "attend within documents only, with positions from 0 in each; false: across them",
+        False,
+    )
+    num_workers: int = key(
+        COUNT, "processes per rank that read batches ahead; 0: the rank reads them itself", 0
+    )
 
 
 @dataclass(frozen=True)

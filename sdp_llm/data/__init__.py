@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from sdp_llm.data.blend import BlendedDataset
 from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from sdp_llm.data.sampler import (
+    CorpusUse,
     PackedDataset,
+    TrainingData,
     batch_for_rank,
     batch_indices,
     rank_slice,
@@ -13,9 +16,12 @@ from sdp_llm.data.sampler import (
 )
 
 __all__ = [
+    "BlendedDataset",
+    "CorpusUse",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "PackedDataset",
+    "TrainingData",
     "batch_for_rank",
     "batch_indices",
     "best_dtype",

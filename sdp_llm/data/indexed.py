@@ -218,6 +218,10 @@ class IndexedDataset:
             else np.empty(0, self.dtype)
         )
 
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        # To another process goes the path, not the tokens that the memory map shows.
+        return type(self), (self.prefix,)
+
     def _corrupt(self, reason: str) -> ConfigError:
         return ConfigError(f"{self._idx_path}: {reason}; {_REMAKE}")
 

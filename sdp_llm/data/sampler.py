@@ -6,13 +6,16 @@ tokens, and every token but the first is predicted exactly once per epoch.
 
 Samples are counted over the whole run. The ``g``-th one is number ``g % N`` of epoch ``g // N``,
 and within an epoch they are visited in an order that a keyed permutation computes on the fly.
-Nothing is stored, so that a run resumes in O(1), exactly, and at any world size.
+Nothing is stored, so that a run resumes in O(1), exactly, and at any world size. Several corpora
+are read as one by :class:`~sdp_llm.data.blend.BlendedDataset`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,43 @@ from sdp_llm.data.indexed import IndexedDataset
 from sdp_llm.errors import ConfigError
 
 _ROUNDS = 8  # a Feistel network needs 4 to look random; 8 keep small domains well mixed
+
+
+@dataclass(frozen=True)
+class CorpusUse:
+    """What a run reads of one corpus.
+
+    ``num_samples`` is what the corpus has, ``share`` its part of all samples that are read, and
+    ``read`` how many of its samples that is.
+    """
+
+    prefix: str
+    num_samples: int
+    share: float
+    read: int
+
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the corpus."""
+        return self.read / self.num_samples
+
+
+class TrainingData(Protocol):
+    """Samples in the order of a run: of one corpus, or of a blend."""
+
+    sequence_length: int
+
+    def read(self, seed: int, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Return samples number ``first`` to ``first + count - 1`` of a run, [count, S + 1]."""
+        ...
+
+    def require_batch(self, global_batch_size: int) -> None:
+        """Raise ConfigError where one global batch needs more samples of a corpus than it has."""
+        ...
+
+    def usage(self, num_samples: int) -> list[CorpusUse]:
+        """What the first ``num_samples`` samples of a run read of each corpus."""
+        ...
 
 
 class PackedDataset:
@@ -60,6 +100,30 @@ class PackedDataset:
             row[:] = self[index]
         return batch
 
+    def read(self, seed: int, first: int, count: int, corpus: int = 0) -> npt.NDArray[np.int64]:
+        """Return samples number ``first`` to ``first + count - 1`` of a run.
+
+        :param corpus: The position in a blend, see :func:`samples_at`.
+        :returns: int64 of shape [count, S + 1].
+        """
+        return self.batch(samples_at(seed, first, count, self.num_samples, corpus))
+
+    def require_batch(self, global_batch_size: int) -> None:
+        """Check that no step reads a sample twice.
+
+        :raises ConfigError: The corpus is smaller than one global batch.
+        """
+        if self.num_samples < global_batch_size:
+            raise ConfigError(
+                f"{self.dataset.prefix}: {self.num_samples} samples of {self.sequence_length} "
+                f"tokens are less than one global batch of {global_batch_size}; use a larger "
+                "corpus, shorter sequences or a smaller train_batch_size"
+            )
+
+    def usage(self, num_samples: int) -> list[CorpusUse]:
+        """What ``num_samples`` samples are of this corpus: all."""
+        return [CorpusUse(self.dataset.prefix, self.num_samples, 1.0, num_samples)]
+
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of splitmix64, element by element, modulo 2**64."""
@@ -68,15 +132,15 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+def _round_keys(seed: int, epoch: int, corpus: int) -> npt.NDArray[np.uint64]:
     # A hash and not a random generator: its stream is the same in every numpy release.
-    text = f"sdp_llm sample order {seed} {epoch}".encode()
-    digest = hashlib.blake2b(text, digest_size=8 * _ROUNDS).digest()
+    text = f"sdp_llm sample order {seed} {epoch}" + (f" {corpus}" if corpus else "")
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
     return np.array(struct.unpack(f"<{_ROUNDS}Q", digest), dtype=np.uint64)
 
 
 def permute(
-    positions: npt.NDArray[np.int64], num_samples: int, seed: int, epoch: int
+    positions: npt.NDArray[np.int64], num_samples: int, seed: int, epoch: int, corpus: int = 0
 ) -> npt.NDArray[np.int64]:
     """Map positions in an epoch to samples by a bijection of ``[0, num_samples)``.
 
@@ -88,11 +152,12 @@ def permute(
     :param num_samples: Samples per epoch, at least 1.
     :param seed: Seed of the run.
     :param epoch: Number of the epoch; every epoch has an order of its own.
+    :param corpus: Position in a blend; corpora of one size must not share an order.
     :returns: int64 of the same shape.
     """
     half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = _round_keys(seed, epoch)
+    keys = _round_keys(seed, epoch, corpus)
     values = positions.astype(np.uint64).ravel()
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
@@ -104,11 +169,15 @@ def permute(
     return values.astype(np.int64).reshape(positions.shape)
 
 
-def samples_at(seed: int, first: int, count: int, num_samples: int) -> npt.NDArray[np.int64]:
+def samples_at(
+    seed: int, first: int, count: int, num_samples: int, corpus: int = 0
+) -> npt.NDArray[np.int64]:
     """Return the sample indices number ``first`` to ``first + count - 1`` of a run.
 
     Each epoch of ``num_samples`` visits every sample once; a range may span several epochs.
 
+    :param corpus: Position of the corpus in a blend: each has an order of its own. The first one's
+        is that of a run that reads it alone.
     :returns: int64 of shape [count], values in ``[0, num_samples)``.
     :raises ValueError: ``first`` or ``count`` is negative, or ``num_samples`` is below 1.
     """
@@ -119,7 +188,7 @@ def samples_at(seed: int, first: int, count: int, num_samples: int) -> npt.NDArr
         start = max(first, epoch * num_samples)
         stop = min(first + count, (epoch + 1) * num_samples)
         positions = np.arange(start, stop, dtype=np.int64) - epoch * num_samples
-        order[start - first : stop - first] = permute(positions, num_samples, seed, epoch)
+        order[start - first : stop - first] = permute(positions, num_samples, seed, epoch, corpus)
     return order
 
 
@@ -151,7 +220,7 @@ def rank_slice(global_batch_size: int, rank: int, world_size: int) -> slice:
 
 
 def batch_for_rank(
-    dataset: PackedDataset,
+    data: TrainingData,
     seed: int,
     samples_consumed: int,
     global_batch_size: int,
@@ -164,18 +233,12 @@ def batch_for_rank(
     ``samples_consumed + global_batch_size - 1`` of the run, in rank order, at any world size.
 
     :returns: int64 of shape [global_batch_size / world_size, S + 1].
-    :raises ConfigError: The world size does not divide the global batch, or the corpus is smaller
-        than one global batch (a step would read a sample twice).
+    :raises ConfigError: The world size does not divide the global batch, or a corpus is smaller
+        than its part of one global batch (a step would read a sample twice).
     """
     part = rank_slice(global_batch_size, rank, world_size)
-    if dataset.num_samples < global_batch_size:
-        raise ConfigError(
-            f"{dataset.dataset.prefix}: {dataset.num_samples} samples of "
-            f"{dataset.sequence_length} tokens are less than one global batch of "
-            f"{global_batch_size}; use a larger corpus, shorter sequences or a smaller batch"
-        )
-    first = samples_consumed + part.start
-    return dataset.batch(samples_at(seed, first, part.stop - part.start, dataset.num_samples))
+    data.require_batch(global_batch_size)
+    return data.read(seed, samples_consumed + part.start, part.stop - part.start)
 
 
 def validation_samples(dataset: PackedDataset, limit: int) -> npt.NDArray[np.int64]:

@@ -64,6 +64,7 @@ def model_size(
     attn_implementation: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     max_unit_numel: int | None = None,
+    document_mask: bool = False,
 ) -> ModelSize:
     """Count the parameters of the model and measure the activations of one micro-batch.
 
@@ -76,6 +77,7 @@ def model_size(
     :param dtype: of weights and activations.
     :param max_unit_numel: where units are split, the smaller of ``reduce_bucket_size`` and
         ``allgather_bucket_size``.
+    :param document_mask: whether documents are kept apart, which takes a mask in memory.
     :raises ConfigError: for a model whose cost depends on the data (mixture of experts).
     """
     config = copy.deepcopy(config)  # building and running a model changes it
@@ -86,10 +88,14 @@ def model_size(
     text = config.get_text_config()
     heads = text.num_attention_heads
     shared_matmul, block_matmul = _matmul_numel(model, layout)
-    groups = _alike(model, layout)
+    groups = kinds_of_blocks(model, layout)
     _bind_fakes(model, layout, dtype)
     tokens = torch.zeros(micro_batch, sequence_length + 1, dtype=torch.int64)
-    blocks, shared, recomputed = _activations(model, layout, groups, tokens, gradient_checkpointing)
+    # To the ids, which are all 0, every token is a document.
+    eos_id = 0 if document_mask else None
+    blocks, shared, recomputed = _activations(
+        model, layout, groups, tokens, gradient_checkpointing, eos_id
+    )
     return ModelSize(
         units=tuple(
             UnitSize(unit.block, unit.numel, max(p.numel for p in unit.parameters))
@@ -107,12 +113,13 @@ def model_size(
     )
 
 
-def saved_bytes(model: PreTrainedModel, tokens: Tensor) -> SavedBytes:
+def saved_bytes(model: PreTrainedModel, tokens: Tensor, eos_id: int | None = None) -> SavedBytes:
     """Run one forward pass of the loss and count what autograd saves besides the parameters.
 
     A storage counts once and whole; parameters and buffers do not count.
 
     :param tokens: ids ``[batch, sequence + 1]``, int64.
+    :param eos_id: the id that ends every document, as for the loss.
     """
     _, blocks = find_blocks(model)
     seen = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -142,7 +149,7 @@ def saved_bytes(model: PreTrainedModel, tokens: Tensor) -> SavedBytes:
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            summed_loss(model, tokens)
+            summed_loss(model, tokens, eos_id)
     finally:
         for hook in hooks:
             hook.remove()
@@ -174,7 +181,7 @@ def _matmul_numel(model: PreTrainedModel, layout: ModelLayout) -> tuple[int, lis
     return shared, blocks
 
 
-def _alike(model: PreTrainedModel, layout: ModelLayout) -> list[list[int]]:
+def kinds_of_blocks(model: PreTrainedModel, layout: ModelLayout) -> list[list[int]]:
     """The blocks, grouped by kind: the same shapes, and the same entry of ``layer_types``."""
     shapes: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for unit in layout.units:
@@ -191,7 +198,7 @@ def _bind_fakes(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype)
     """Give the parameters a dtype and a device but no memory.
 
     What is computed from them is fake too; positions and masks, which are computed from nothing
-    but shapes, stay real, so that the model's code sees that samples are not packed.
+    but shapes, stay real, so that the model's code sees whether samples are packed.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {spec.name: torch.empty(spec.shape, dtype=dtype) for spec in layout.parameters}
@@ -204,6 +211,7 @@ def _activations(
     groups: list[list[int]],
     tokens: Tensor,
     gradient_checkpointing: bool,
+    eos_id: int | None,
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Bytes per block, trained and frozen; of what is shared; and what is recomputed on top.
 
@@ -213,13 +221,13 @@ def _activations(
     _, blocks = find_blocks(model)
     skip_blocks(blocks, {b for group in groups for b in group[:2]})
     model.train()
-    whole = saved_bytes(model, tokens)
+    whole = saved_bytes(model, tokens, eos_id)
     stored = whole
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        stored = saved_bytes(model, tokens)
+        stored = saved_bytes(model, tokens, eos_id)
     freeze_blocks(blocks, ())
-    frozen = saved_bytes(model, tokens)
+    frozen = saved_bytes(model, tokens, eos_id)
 
     sizes = [(0, 0)] * layout.num_blocks
     shared, recomputed = stored.shared, 0

@@ -69,6 +69,7 @@ class EngineBackend:
         self.engine: SDPEngine
         self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._eos_id = inputs.eos_id
         # Dropout, where a model has it, differs between ranks and repeats between runs.
         torch.manual_seed(module_seed(run.training.seed, f"rank {self.rank}"))
 
@@ -82,7 +83,7 @@ class EngineBackend:
         targets = target_count(tokens)
         total = torch.zeros(1, device=engine.device)
         for part in tokens.split(engine.train_micro_batch_size_per_gpu()):
-            loss = summed_loss(engine, part) / targets
+            loss = summed_loss(engine, part, self._eos_id) / targets
             engine.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
             engine.step()
@@ -91,7 +92,7 @@ class EngineBackend:
         return Step(total, norm, not engine.was_step_applied())
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
-        return self.engine.evaluate(samples, micro_batch)
+        return self.engine.evaluate(samples, micro_batch, self._eos_id)
 
     def export(self, folder: Path, tokenizer: str | None) -> None:
         self.engine.save_pretrained(folder, tokenizer)
@@ -121,6 +122,7 @@ class SimulationBackend:
             dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
             device=device,
             attn_implementation=run.model.attn_implementation,
+            eos_id=inputs.eos_id,
         )
         self._device = device
         self._micro_batch = inputs.batch.micro_batch

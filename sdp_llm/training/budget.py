@@ -26,6 +26,7 @@ def run_size(run: RunConfig, inputs: Inputs) -> tuple[ModelSize, CostSetup]:
         attn_implementation=run.model.attn_implementation,
         dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
+        document_mask=run.data.document_mask,
     )
     backend = "nccl" if device_type() == "cuda" else "gloo"
     return size, setup_from_config(run, inputs.batch.accumulation, backend)

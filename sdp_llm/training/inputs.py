@@ -10,27 +10,40 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
-from sdp_llm.data.indexed import IndexedDataset
-from sdp_llm.data.sampler import PackedDataset, validation_samples
+from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, plan_from_config
 from sdp_llm.subnetwork.measure import load_model_config
+from sdp_llm.training.corpora import (
+    blend,
+    check_ids,
+    check_tokenizer_of,
+    open_training,
+    open_validation,
+)
+from sdp_llm.training.documents import separator
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run config names: its model's config, its plan and its data."""
+    """What a run config names: its model's config, its plan and its data.
+
+    ``eos_id`` ends every document, where the config keeps documents apart; otherwise None.
+    """
 
     model: PretrainedConfig
     plan: Plan
     batch: BatchSizes
-    train: PackedDataset
+    train: TrainingData
     validation: PackedDataset | None
+    eos_id: int | None = None
 
 
-def load_inputs(run: RunConfig, world_size: int) -> Inputs:
+def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
     """Open and check all that a pretraining run reads.
 
+    :param rank: this process of ``world_size`` that call this function and share what takes long;
+        None: it is alone.
     :raises ConfigError: naming the key, its value and the fix, for the first thing that is wrong.
     """
     require_pretraining(run)
@@ -47,44 +60,20 @@ def load_inputs(run: RunConfig, world_size: int) -> Inputs:
             f"data.sequence_length = {length}: longer than the model's "
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
-    train = _open("data.train", run.data.train, length)
-    if len(train) < batch.global_batch:
-        raise ConfigError(
-            f"data.train = {json.dumps(run.data.train)}: {len(train)} samples of {length} tokens "
-            f"are less than one global batch of {batch.global_batch}; use a larger corpus, "
-            "shorter sequences or a smaller train_batch_size"
-        )
-    validation = None
-    if run.data.validation is not None:
-        validation = _open("data.validation", run.data.validation, length)
-    for key, dataset in (("train", train), ("validation", validation)):
-        if dataset is not None:
-            _check_ids(f"data.{key}", dataset, text.vocab_size, run.model.config)
+    training, validation = open_training(run.data), open_validation(run.data)
+    corpora = training | validation
+    train = blend(run.data, list(training.values()), batch.global_batch)
+    check_ids(corpora, text.vocab_size, run.model.config, rank, world_size)
+    tokenizer = None
     if run.data.tokenizer is not None:
-        _check_tokenizer(run.data.tokenizer, text.vocab_size, run.model.config)
-    return Inputs(model, plan, batch, train, validation)
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
+        check_tokenizer_of(corpora, run.data.tokenizer)
+    eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
+    return Inputs(model, plan, batch, train, next(iter(validation.values()), None), eos_id)
 
 
-def _open(key: str, prefix: str, length: int) -> PackedDataset:
-    try:
-        return PackedDataset(IndexedDataset(prefix), length)
-    except ConfigError as error:
-        raise ConfigError(f"{key} = {json.dumps(prefix)}: {error}") from None
-
-
-def _check_ids(key: str, dataset: PackedDataset, vocab_size: int, config: str) -> None:
-    """Look at a spread of samples: an id outside the vocabulary is an index error hours later."""
-    largest = int(dataset.batch(validation_samples(dataset, 64)).max())
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{key} = {json.dumps(str(dataset.dataset.prefix))}: has token id {largest}, but "
-            f"vocab_size = {vocab_size} in {config}; use the tokenizer that the corpus was made "
-            "with, and a model with as many ids"
-        )
-
-
-def _check_tokenizer(folder: str, vocab_size: int, config: str) -> None:
-    tokenizer = load_tokenizer(folder)
+def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"data.tokenizer = {json.dumps(folder)}: has {len(tokenizer)} ids, more than "

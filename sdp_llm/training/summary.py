@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sdp_llm.config import RunConfig, keys_without_effect
+from sdp_llm.data import TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import render_ownership
 from sdp_llm.plan.report import plan_report
@@ -26,15 +27,13 @@ def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
         # A model whose cost cannot be predicted (experts, convolutions) trains all the same.
         plan_lines = f"{name}\n\n{render_ownership(inputs.plan)}\n\nno prediction: {error}"
     batch = inputs.batch.global_batch
-    epochs = steps * batch / len(inputs.train)
     ranks = inputs.plan.world_size
     device = torch.cuda.get_device_name() if device_type() == "cuda" else "CPU (gloo)"
     lines = [
         plan_lines,
         "",
         f"device      {device}, {ranks} rank{'s' if ranks > 1 else ''}",
-        f"data        {len(inputs.train):,} samples of {inputs.train.sequence_length} tokens; "
-        f"this run reads {steps * batch:,} ({epochs:.2f} epochs)",
+        *data_lines(inputs.train, steps * batch),
         f"budget      {steps:,} steps of {batch} samples, "
         f"{steps * batch * inputs.train.sequence_length:,} tokens",
         f"run folder  {run.training.run_dir}",
@@ -43,6 +42,19 @@ def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
     if ignored:
         lines.append(f"no effect   {', '.join(ignored)}")
     return "\n".join(lines) + "\n"
+
+
+def data_lines(data: TrainingData, num_samples: int) -> list[str]:
+    """Each corpus: its samples, and how many of them the run's ``num_samples`` are."""
+    lines = []
+    uses = data.usage(num_samples)
+    for use in uses:
+        share = "" if len(uses) == 1 else f"{use.prefix}: share {use.share:.1%}, "
+        lines.append(
+            f"{share}{use.num_samples:,} samples of {data.sequence_length} tokens; "
+            f"this run reads {use.read:,} ({use.epochs:.2f} epochs)"
+        )
+    return [f"{'' if i else 'data':<12}{line}" for i, line in enumerate(lines)]
 
 
 def closing_lines(trainer: Trainer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -9,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.config import RunConfig
-from sdp_llm.data.sampler import batch_for_rank, rank_slice, validation_samples
+from sdp_llm.data.sampler import rank_slice, validation_samples
 from sdp_llm.errors import TrainingStopped
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.training.backends import Backend, Step
+from sdp_llm.training.batches import StepBatches, read_batches
+from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
 from sdp_llm.training.metrics import Meter
 from sdp_llm.training.progress import HEADER_EVERY, LogLine, format_line, header
@@ -50,9 +53,10 @@ class Trainer:
         :raises TrainingStopped: on every rank, after too many non-finite gradients in a row.
         """
         interval = self.run.training.eval_interval
+        batches = self._batches()
         while self.step < self.total_steps:
             self._meter.start()
-            result = self.backend.step(self._batch())
+            result = self.backend.step(next(batches))
             self._meter.pause()
             self.step += 1
             self._meter.add(result.losses)
@@ -124,16 +128,24 @@ class Trainer:
     def _tokens(self) -> int:
         return self.step * self.inputs.batch.global_batch * self.inputs.train.sequence_length
 
-    def _batch(self) -> Tensor:
-        tokens = batch_for_rank(
+    def _batches(self) -> Iterator[Tensor]:
+        """This process's part of the global batch of each step to come."""
+        assert self.run.data is not None
+        global_batch = self.inputs.batch.global_batch
+        batches = StepBatches(
             self.inputs.train,
             self.run.training.seed,
-            self.step * self.inputs.batch.global_batch,
-            self.inputs.batch.global_batch,
-            self.backend.rank,
-            self.backend.world_size,
+            samples_consumed=self.step * global_batch,
+            global_batch=global_batch,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
         )
-        return torch.from_numpy(tokens)
+        return read_batches(
+            batches,
+            self.total_steps - self.step,
+            num_workers=self.run.data.num_workers,
+            pin_memory=device_type() == "cuda",
+        )
 
     def _count_skipped(self, result: Step) -> None:
         self._skipped += result.is_skipped

@@ -29,6 +29,7 @@ def _simulation(case: Case, plan: Plan) -> Simulation:
         masking=case.masking,
         seed=7,
         max_norm=case.clip,
+        eos_id=case.eos_id,
     )
 
 
@@ -42,7 +43,7 @@ def check_against_simulation(case: Case, pool: Pool) -> None:
         with torch.no_grad():
             for name, master in same_state.masters.items():
                 master.copy_(torch.from_numpy(start[name]))
-        tokens = batch(step, case.world_size)
+        tokens = batch(step, case.world_size, case.eos_id)
         losses = same_state.accumulate(tokens, SAMPLES_PER_RANK // case.accumulation)
         expected = to_numpy(
             {n: m.grad for n, m in same_state.masters.items() if m.grad is not None}
@@ -105,6 +106,12 @@ CASES += [
     Case(stage=1, bucket=1500, masking="backward"),
     Case(clip=0.0),
     Case(extra=(("model", {"config": "given", "gradient_checkpointing": True}),)),
+    Case(eos_id=2, accumulation=3),
+    Case(
+        eos_id=2,
+        masking="backward",
+        extra=(("model", {"config": "given", "gradient_checkpointing": True}),),
+    ),
     Case(stage=0, owners_per_block=4),
     Case(optimizer="SGD"),
     Case(optimizer="Adagrad"),

@@ -35,6 +35,7 @@ class Case:
     communication: str | None = None
     optimizer: str = "AdamW"
     clip: float = 0.5
+    eos_id: int | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
@@ -91,11 +92,12 @@ def run_config(case: Case) -> dict[str, Any]:
     return config | dict(case.extra)
 
 
-def batch(step: int, world_size: int) -> torch.Tensor:
-    """The global batch of a step, ``[samples, SEQUENCE + 1]``."""
+def batch(step: int, world_size: int, eos_id: int | None = None) -> torch.Tensor:
+    """The global batch of a step, ``[samples, SEQUENCE + 1]``; a fifth of it ``eos_id``."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (SAMPLES_PER_RANK * world_size, SEQUENCE + 1)
-    return torch.randint(0, VOCABULARY, shape, generator=generator)
+    tokens = torch.randint(0, VOCABULARY, shape, generator=generator)
+    return tokens if eos_id is None else tokens.where(tokens % 5 != 0, eos_id)
 
 
 def build(case: Case) -> SDPEngine:
@@ -108,18 +110,18 @@ def hf_loss(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
     return engine(input_ids=tokens, labels=tokens).loss
 
 
-def my_slice(step: int) -> torch.Tensor:
+def my_slice(step: int, eos_id: int | None = None) -> torch.Tensor:
     """This rank's part of the global batch of a step."""
-    return batch(step, dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
+    return batch(step, dist.get_world_size(), eos_id).chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def forward_backward(engine: SDPEngine, step: int) -> float:
+def forward_backward(engine: SDPEngine, step: int, eos_id: int | None = None) -> float:
     """The passes of one step on this rank's slice, up to where ``engine.step()`` is due."""
-    mine = my_slice(step)
+    mine = my_slice(step, eos_id)
     parts = mine.chunk(engine.gradient_accumulation_steps())
     total = 0.0
     for i, part in enumerate(parts):
-        loss = summed_loss(engine, part) / target_count(mine)
+        loss = summed_loss(engine, part, eos_id) / target_count(mine)
         engine.backward(loss, scale_wrt_gas=False)
         total += loss.item()
         if i + 1 < len(parts):
@@ -159,7 +161,7 @@ def train(case: Case, steps: int) -> list[dict[str, Any]]:
     trace = []
     for step in range(steps):
         entry: dict[str, Any] = {"weights": weights(engine)}
-        entry["loss"] = forward_backward(engine, step)
+        entry["loss"] = forward_backward(engine, step, case.eos_id)
         entry["gradients"] = gradients(engine.sharded.owned)
         engine.step()
         entry["norm"] = engine.get_global_grad_norm()

@@ -119,6 +119,46 @@ WRONG = [
         ('data.train = "{folder}/short"', "one global batch of 8", "use a larger corpus"),
     ),
     Wrong(
+        "corpus of less than its part of a batch",
+        ('data.train={"{folder}/low": 1, "{folder}/less": 7}',),
+        ("data.train: {folder}/less: 1 samples of 32 tokens", "7 of 8", "a smaller weight"),
+    ),
+    Wrong(
+        "missing corpus in a blend",
+        ('data.train={"{folder}/low": 1, "{folder}/none": 1}',),
+        ('data.train["{folder}/none"]: {folder}/none.bin: no such file', "make the corpus again"),
+    ),
+    Wrong(
+        "damaged corpus in a blend",
+        ('data.train={"{folder}/damaged": 1, "{folder}/low": 1}',),
+        ('data.train["{folder}/damaged"]: ', "truncated", "make the corpus again with"),
+    ),
+    Wrong(
+        "ids larger than the vocabulary in a blend",
+        ('data.train={"{folder}/low": 1, "{folder}/high": 1}',),
+        ('data.train["{folder}/high"]: has token id 400', "vocab_size = 320"),
+    ),
+    Wrong(
+        "weight of zero",
+        ('data.train={"{folder}/low": 0}',),
+        ('data.train["{folder}/low"] = 0: expected a weight > 0', "remove a corpus"),
+    ),
+    Wrong(
+        "tokenizer of another corpus",
+        ("data.tokenizer={folder}/other_tokenizer",),
+        ('other_tokenizer": its tokenizer.json has SHA-256', "data.train = ", "name the tokenizer"),
+    ),
+    Wrong(
+        "documents that end otherwise",
+        ("data.train={folder}/low", "data.document_mask=true"),
+        ("data.document_mask = true: document 0 of data.train", "id 2 of data.tokenizer"),
+    ),
+    Wrong(
+        "attention that mixes documents",
+        ("data.document_mask=true", "model.attn_implementation=flash_attention_2"),
+        ("model.attn_implementation = 'flash_attention_2'", "use 'sdpa' or 'eager'"),
+    ),
+    Wrong(
         "corpus of less than a sample",
         ("data.validation={folder}/short", "data.sequence_length=64"),
         ('data.validation = "{folder}/short"', "50 tokens are less", "shorten the sequences"),
@@ -240,8 +280,14 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (tiny.tokenizer / name).read_text()
         (folder / "damaged_tokenizer" / name).write_text(text[:200])
+    (folder / "other_tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tiny.tokenizer / name).read_text()
+        (folder / "other_tokenizer" / name).write_text(text + "\n")
     write_corpus(folder / "low", 1000, largest=299)
     write_corpus(folder / "short", 50, largest=299)
+    write_corpus(folder / "less", 50, largest=299)
+    write_corpus(folder / "high", 1000, largest=400)
     write_corpus(folder / "damaged", 1000, largest=299)
     (folder / "damaged.bin").write_bytes(b"cut")
     (folder / "file").write_text("")

@@ -153,6 +153,19 @@ def test_overrides() -> None:
     assert parse_config(BASE).training != config.training, "overrides must not change the input"
 
 
+def test_a_blend_is_kept_as_it_is_given() -> None:
+    weights = {"data/a": 3, "data/b": 0.5}
+    config = parse_config(BASE, [f"data.train={json.dumps(weights)}"])
+    assert config.data is not None
+    assert config.data.train == weights
+    assert to_dict(config)["data"]["train"] == weights
+    assert parse_config(to_dict(config)) == config
+    for text in ("123", "data/a"):
+        config = parse_config(BASE, [f"data.train={text}"])
+        assert config.data is not None
+        assert config.data.train == text
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

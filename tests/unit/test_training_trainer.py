@@ -159,6 +159,15 @@ def test_ranks_read_their_slices_of_the_promised_samples(
         np.testing.assert_array_equal(together, dataset.batch(order))
 
 
+def test_reading_goes_on_where_the_trainer_is(dataset: PackedDataset, tmp_path: Path) -> None:
+    backend = Notes()
+    job = trainer(dataset, tmp_path, backend)
+    job.step = 7
+    job.fit()
+    together = torch.cat(backend.batches).numpy()
+    np.testing.assert_array_equal(together, dataset.read(SEED, 7 * BATCH, 3 * BATCH))
+
+
 @pytest.mark.parametrize(("world_size", "samples"), [(1, 5), (2, 5), (3, 7), (3, 4), (6, 2)])
 def test_ranks_share_the_validation_samples(
     dataset: PackedDataset, tmp_path: Path, world_size: int, samples: int

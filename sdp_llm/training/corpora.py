@@ -1,0 +1,128 @@
+"""The corpora that a run config names, opened and checked from the first token to the last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdp_llm.config import DataConfig
+from sdp_llm.data import BlendedDataset, IndexedDataset, PackedDataset, TrainingData
+from sdp_llm.data.manifest import read_manifest
+from sdp_llm.data.vocabulary import id_outside
+from sdp_llm.errors import ConfigError
+
+_LONG = 1 << 30  # bytes; reading fewer takes less time than importing torch
+
+
+def open_training(data: DataConfig) -> dict[str, PackedDataset]:
+    """The training corpora, each by its key and value in the config.
+
+    :raises ConfigError: for files that are missing, damaged, or shorter than one sample.
+    """
+    if isinstance(data.train, str):
+        named = {f"data.train = {json.dumps(data.train)}": data.train}
+    else:
+        named = {f"data.train[{json.dumps(prefix)}]": prefix for prefix in data.train}
+    return {key: _open(key, prefix, data.sequence_length) for key, prefix in named.items()}
+
+
+def open_validation(data: DataConfig) -> dict[str, PackedDataset]:
+    """The validation corpus by its key and value in the config; empty where there is none.
+
+    :raises ConfigError: for files that are missing, damaged, or shorter than one sample.
+    """
+    if data.validation is None:
+        return {}
+    key = f"data.validation = {json.dumps(data.validation)}"
+    return {key: _open(key, data.validation, data.sequence_length)}
+
+
+def _open(key: str, prefix: str, length: int) -> PackedDataset:
+    try:
+        return PackedDataset(IndexedDataset(prefix), length)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def blend(data: DataConfig, corpora: list[PackedDataset], global_batch: int) -> TrainingData:
+    """What the training corpora are read as.
+
+    :raises ConfigError: there are too many, or one is too small for its part of a global batch.
+    """
+    key = "data.train"
+    train: TrainingData = corpora[0]
+    try:
+        if isinstance(data.train, str):
+            key = f"{key} = {json.dumps(data.train)}"
+        else:
+            train = BlendedDataset(corpora, list(data.train.values()))
+        train.require_batch(global_batch)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    return train
+
+
+def check_ids(
+    corpora: Mapping[str, PackedDataset],
+    vocab_size: int,
+    config: str,
+    rank: int | None,
+    world_size: int,
+) -> None:
+    """Check that every token id of the corpora is in the model's vocabulary.
+
+    The manifest beside a corpus knows its largest id; without one that fits the files, all tokens
+    are read, each rank reading its part: then only the rank that finds an id raises.
+
+    :param config: path of the model's config, for the message.
+    :param rank: the part to read; None: all.
+    :raises ConfigError: names the corpus and the id.
+    """
+    for key, corpus in corpora.items():
+        dataset = corpus.dataset
+        outside = read_manifest(dataset.prefix).largest_id
+        if outside is None:
+            size = dataset.num_tokens
+            start, stop = (0, size) if rank is None else _part(size, rank, world_size)
+            if size * dataset.dtype.itemsize > _LONG and start == 0:
+                print(
+                    f"{key}: has no manifest.json that fits it; reading all {size:,} tokens to "
+                    "check their ids",
+                    flush=True,
+                )
+            outside = id_outside(dataset, vocab_size, start, stop)
+        if outside is not None and not 0 <= outside < vocab_size:
+            raise ConfigError(
+                f"{key}: has token id {outside}, but vocab_size = {vocab_size} in {config}; use "
+                "the tokenizer that the corpus was made with, and a model with as many ids"
+            )
+
+
+def _part(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    return size * rank // world_size, size * (rank + 1) // world_size
+
+
+def check_tokenizer_of(corpora: Mapping[str, PackedDataset], folder: str) -> None:
+    """Check that ``data.tokenizer`` is what the corpora were made with, as far as both say.
+
+    An error and not a warning: the export would hold a tokenizer whose ids mean other text than
+    the model has learnt, and the bits per byte would count the bytes of such text.
+
+    :param folder: of the tokenizer; without a tokenizer.json nothing is checked.
+    :raises ConfigError: a manifest has another SHA-256 than the tokenizer.json.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        own = hashlib.file_digest(stream, "sha256").hexdigest()
+    for key, corpus in corpora.items():
+        noted = read_manifest(corpus.dataset.prefix).tokenizer_sha256
+        if noted is not None and noted != own:
+            raise ConfigError(
+                f"data.tokenizer = {json.dumps(folder)}: its tokenizer.json has SHA-256 {own[:12]}"
+                f"…, but {key} was made with {noted[:12]}…; name the tokenizer that the corpus "
+                "was made with"
+            )

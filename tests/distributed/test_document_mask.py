@@ -1,0 +1,39 @@
+"""Documents that do not see each other: the whole model's loss where blocks travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sdp_llm.evaluation import Evaluation
+from sdp_llm.plan import make_plan
+from sdp_llm.simulation import Simulation
+from tests.distributed.pool import Pool
+from tests.distributed.tiny import Case, batch, build, llama, my_slice
+
+EOS = 2
+
+
+def evaluate(case: Case) -> list[Evaluation]:
+    """Run on a rank: the loss of the initial model with documents apart, and across them."""
+    engine = build(case)
+    return [engine.evaluate(my_slice(0, EOS), 2, eos_id) for eos_id in (EOS, None)]
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_the_whole_models_loss_keeps_documents_apart(
+    masking: str, pools: Callable[[int], Pool]
+) -> None:
+    plan = make_plan(4, 6, owners_per_block=2)
+    make: Any = torch.optim.SGD
+    tokens = batch(0, 4, EOS)
+    apart, across = (
+        Simulation(llama(), plan, make, seed=7, eos_id=eos_id).evaluate([tokens])
+        for eos_id in (EOS, None)
+    )
+    assert abs(apart - across) > 1e-4
+    for results in pools(4).run(evaluate, Case(masking=masking)):
+        assert [r.loss for r in results] == pytest.approx([apart, across], abs=1e-6)
