@@ -90,6 +90,16 @@ def test_a_hub_that_stays_away(tmp_path: Path, repository: Path, tokenizer_folde
     assert len(hashes(tmp_path / "o")) == 5
 
 
+def test_a_tokenizer_from_the_hub(tmp_path: Path, repository: Path) -> None:
+    with HubServer(repository, faults={"GET */000.parquet": [503]}) as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "home", longest_sleep=0.02)}
+        made = script("train_tokenizer", "--input", "org/name", "--name", "sample-x",
+                      "--vocab_size", 400, "--output", tmp_path / "t", env=environment)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "read 131 documents" in made.stderr  # of 135; the others are kept for the round trip
+    assert (tmp_path / "t" / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "faults", "message"),
     [
