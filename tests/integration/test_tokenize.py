@@ -15,6 +15,7 @@ import pytest
 from data_prep import _pieces, tokenize_fineweb, train_tokenizer
 from sdp_llm.data import IndexedDataset
 from sdp_llm.data.indexed import IndexedDatasetWriter
+from tests import megatron_format
 from tests.integration.corpora import (
     HARD,
     decoded,
@@ -65,6 +66,10 @@ def test_documents_come_back_in_order(tmp_path: Path, tokenizer_folder: Path) ->
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "o").glob("*_document.*")}
     assert {name: file["bytes"] for name, file in described["files"].items()} == sizes
     assert len(written) == 4
+    # Another reader, written from the format's description alone, sees the same.
+    foreign = megatron_format.read(tmp_path / "o" / "train_text_document")
+    expected = [[data.document(index).tolist()] for index in range(data.num_documents)]
+    assert (foreign.documents, foreign.dtype) == (expected, "uint16")
     # And the files are those that the writer of single documents makes.
     with IndexedDatasetWriter(tmp_path / "same", np.uint16) as writer:
         for index in range(data.num_documents):
