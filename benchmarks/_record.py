@@ -20,14 +20,14 @@ PACKAGES = ("sdp_llm", "torch", "deepspeed", "transformers")
 GIB = 2**30
 
 
-def provenance() -> dict[str, Any]:
+def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Where, from what and how the numbers of this process were made."""
     arguments = [a for a in sys.argv[1:] if a != "--in_namespace"]
     cores = len(os.sched_getaffinity(0))
     memory = round(psutil.virtual_memory().total / GIB)
     return {
         "hardware": f"{cores}-core {platform.machine()} CPU, {memory} GiB",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "commit": _commit(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
     }
@@ -55,9 +55,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-def write_results(output: Path, title: str, text: str, result: dict[str, Any]) -> None:
-    """Write ``output`` (JSON) and the same name with ``.md``, each with its provenance."""
-    source = provenance()
+def write_results(
+    output: Path, title: str, text: str, result: dict[str, Any], packages: Sequence[str] = PACKAGES
+) -> None:
+    """Write ``output`` (JSON) and the same name with ``.md``, each with its provenance.
+
+    :param packages: whose versions matter.
+    """
+    source = provenance(packages)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(source | result, indent=2) + "\n", encoding="utf-8")
     versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items())

@@ -25,7 +25,7 @@ from data_prep._pieces import Limits, Piece
 from data_prep._reading import Document, UnreadableFile, Unusable
 from data_prep._seen import HASH, hash_text
 from data_prep._source import Source
-from data_prep._tokenizer import encode_plain, load_tokenizer
+from data_prep._tokenizer import encode_with_backend, load_tokenizer
 from sdp_llm.data.indexed import best_dtype
 from sdp_llm.errors import ConfigError
 
@@ -43,23 +43,28 @@ ROW = np.dtype([("position", "<i8"), ("tokens", "<i4"), ("bytes", "<i8"), ("hash
 
 
 class Encoder:
-    """Encodes documents with one tokenizer; every worker process has one."""
+    """Encodes documents with one tokenizer; every worker process gets a copy.
+
+    It holds no more of the tokenizer than encoding takes: a worker that loaded it with transformers
+    would import torch too, some seconds and 200 MB for each.
+    """
 
     def __init__(self, tokenizer_folder: Path, limits: Limits) -> None:
         self.folder = tokenizer_folder
         self.limits = limits
-        self.tokenizer = load_tokenizer(tokenizer_folder)
-        if self.tokenizer.eos_token_id is None:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"--tokenizer {tokenizer_folder}: has no eos token, which separates documents"
             )
-        self.eos_id = int(self.tokenizer.eos_token_id)
-        self.vocab_size = len(self.tokenizer)
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocab_size = len(tokenizer)
         self.dtype = best_dtype(self.vocab_size)
+        self._backend = tokenizer.backend_tokenizer
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, ending with eos."""
-        rows = encode_plain(self.tokenizer, texts)
+        rows = encode_with_backend(self._backend, texts)
         for row in rows:
             row.append(self.eos_id)
         return rows
@@ -183,12 +188,12 @@ def _appearing(stem: Path, suffix: str) -> Iterator[IO[bytes]]:
 _job: tuple[Encoder, Source] | None = None  # of this worker process
 
 
-def _start_worker(tokenizer_folder: Path, limits: Limits, source: Source) -> None:
+def _start_worker(encoder: Encoder, source: Source) -> None:
     global _job
     # Before anything slow: a worker whose parent was killed would wait for work forever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    _job = Encoder(tokenizer_folder, limits), source
+    _job = encoder, source
 
 
 def _end_with_parent() -> None:
@@ -223,7 +228,7 @@ def encode_pieces(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(encoder.folder, encoder.limits, source),
+        initargs=(encoder, source),
     )
     pending: deque[tuple[Piece, Future[None] | None]] = deque()
 
