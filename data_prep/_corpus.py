@@ -172,9 +172,8 @@ class GrowingCorpus:
         self._files[self.folder / "hashes"].write(rows["hash"][new].tobytes())
         fraction = self.state.settings["validation_fraction"]
         held_out = in_validation(rows["hash"], fraction)
-        ids = piece.ids(self._dtype)
         for split, chosen in (("train", new & ~held_out), ("validation", new & held_out)):
-            self._append_split(split, rows, chosen, ids)
+            self._append_split(split, rows, chosen, piece)
         self.state.file_number, self.state.part = next_piece
         self._committed.append(piece)
         if time.monotonic() >= self._next_save:
@@ -185,7 +184,7 @@ class GrowingCorpus:
         split: str,
         rows: npt.NDArray[Any],
         chosen: npt.NDArray[np.bool_],
-        ids: npt.NDArray[Any],
+        piece: EncodedPiece,
     ) -> None:
         lengths = rows["tokens"][chosen]
         if not len(lengths):
@@ -199,13 +198,14 @@ class GrowingCorpus:
         ends = np.cumsum(rows["tokens"], dtype=np.int64)
         start = first = 0
         while first < len(rows):
-            stop = max(first + 1, int(np.searchsorted(ends, start + _SLICE_TOKENS, "right")))
-            mask = np.repeat(chosen[first:stop], rows["tokens"][first:stop])
-            tokens = ids[start : ends[stop - 1]][mask]
-            if len(tokens):
+            end = max(first + 1, int(np.searchsorted(ends, start + _SLICE_TOKENS, "right")))
+            stop = int(ends[end - 1])
+            if chosen[first:end].any():
+                mask = np.repeat(chosen[first:end], rows["tokens"][first:end])
+                tokens = piece.ids(self._dtype, start, stop)[mask]
                 counts.largest_id = max(counts.largest_id, int(tokens.max()))
                 self._files[self._path(split, ".bin")].write(tokens.tobytes())
-            start, first = int(ends[stop - 1]), stop
+            start, first = stop, end
 
     def save(self) -> None:
         """Make what was appended count, and remove the pieces that it came from."""

@@ -111,11 +111,10 @@ class EncodedPiece:
         """The documents, ``ROW`` of shape [documents]."""
         return np.fromfile(self.stem.with_suffix(".rows"), dtype=ROW)
 
-    def ids(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The tokens of all documents, mapped from the disk."""
-        path = self.stem.with_suffix(".ids")
-        # mmap refuses an empty file.
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    def ids(self, dtype: npt.DTypeLike, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens ``start`` to ``stop`` of all documents together."""
+        path, size = self.stem.with_suffix(".ids"), np.dtype(dtype).itemsize
+        return np.fromfile(path, dtype, count=stop - start, offset=start * size)
 
     def remove(self) -> None:
         """Delete the files; the one that makes the others count goes first."""

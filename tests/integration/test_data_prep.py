@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import sentencepiece
 
 from data_prep import tokenize_fineweb, train_tokenizer
 from data_prep._common import new_folder
+from data_prep._encoding import Encoder
+from data_prep._pieces import Limits
 from data_prep._tokenizer import encode_plain
 from sdp_llm.errors import ConfigError
-from tests.integration.corpora import decoded, script, texts, write_jsonl
+from tests.integration.conftest import execute
+from tests.integration.corpora import HARD, decoded, script, texts, write_jsonl
 
 
 def test_the_scripts_from_python_to_tokens(tmp_path: Path) -> None:
@@ -73,6 +78,22 @@ def test_text_cannot_spell_the_separator() -> None:
     assert "</s" in tokenizer.get_vocab()
     for ids in encode_plain(tokenizer, ["a</s>b", "</s>", "a<s>b"]):
         assert min(ids) > tokenizer.eos_token_id
+
+
+def test_a_worker_gets_the_tokenizer_without_transformers(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    encoder = Encoder(tokenizer_folder, Limits(1000))
+    expected = encoder.encode(HARD)  # which changes settings that are not sent
+    sent = pickle.dumps(Encoder(tokenizer_folder, Limits(1000)))
+    (tmp_path / "encoder").write_bytes(sent)
+    code = (
+        "import pickle, sys; encoder = pickle.load(open(sys.argv[1], 'rb')); "
+        f"print(encoder.encode({HARD!r}) == {expected!r}, "
+        "[name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = execute(sys.executable, "-c", code, tmp_path / "encoder")
+    assert done.stdout == "True []\n", done.output
 
 
 @pytest.mark.parametrize(("size", "message"), [(90_000, "yields at most"), (100, "bytes and")])

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks._text import read_texts, repeated, write_jsonl, write_parquet
+from benchmarks._text import read_texts, repeated, write_texts
 from benchmarks.tokenization import default_workers, main
 from tests.conftest import ROOT
 from tests.integration import corpora
@@ -40,6 +41,7 @@ def test_the_benchmark_measures_speed_and_memory(tmp_path: Path, tokenizer_folde
     assert reference["of_bare_times_workers"] == reference["cpu_of_bare_at_once"] == 1.0
     rates = [run["text_bytes"] / run["seconds"] for run in (whole, bare)]
     assert pipeline["of_bare_times_workers"] == pytest.approx(rates[0] / rates[1])
+    assert whole["workers"] == 1
     assert 0 < whole["cpu_seconds"] < whole["seconds"] * 1.5 + 0.1
     (memory,) = result["memory"]
     assert memory["file"] == "parquet, one row group"
@@ -49,16 +51,28 @@ def test_the_benchmark_measures_speed_and_memory(tmp_path: Path, tokenizer_folde
     assert "| tokenize_fineweb, jsonl" in output.with_suffix(".md").read_text()
 
 
-def test_too_little_text_is_refused(
+def test_wrong_input_is_one_line(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.texts(5))
-    options = ["--source", source, "--tokenizer", tokenizer_folder, "--output", tmp_path / "o"]
-    more = ["--megabytes", "0.1", "--workers", "1", "2"]
-    assert main([*map(str, options), *more]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("tokenization: error: --megabytes 0.1: ")
-    assert list(tmp_path.iterdir()) == [source]
+    (tmp_path / "bad.parquet").write_text("<html>")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    before = sorted(tmp_path.iterdir())
+    cases: list[tuple[Path, list[str], str]] = [
+        (source, ["--megabytes", "0.1", "--workers", "1", "2"], "--megabytes 0.1: "),
+        (source, ["--megabytes", "0"], "--megabytes 0: must be above 0"),
+        (source, ["--workers", "1", "0"], "--workers 0: must be at least 1"),
+        (source, ["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (tmp_path / "bad.parquet", [], "cannot be read as parquet"),
+        (tmp_path / "empty.jsonl", [], "no text"),
+    ]
+    for path, more, message in cases:
+        options = ["--source", path, "--tokenizer", tokenizer_folder, "--output", tmp_path / "o"]
+        assert main([*map(str, options), *more]) == 2, message
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("tokenization: error: ")
+        assert message in error
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_copies_differ(tmp_path: Path) -> None:
@@ -67,9 +81,11 @@ def test_copies_differ(tmp_path: Path) -> None:
     size = sum(len(text.encode()) for text in copies)
     assert 200 <= size < 200 + 16
     assert len(set(copies) | set(repeated(texts, 200, "1"))) == 2 * len(copies)
-    write_parquet(tmp_path / "a.parquet", iter(copies), 3)
-    write_parquet(tmp_path / "b.parquet", iter(copies), None)
-    write_jsonl(tmp_path / "c.jsonl", iter(copies))
+    write_texts(tmp_path / "a.parquet", iter(copies), 3)
+    write_texts(tmp_path / "b.parquet", iter(copies))
+    write_texts(tmp_path / "c.jsonl", iter(copies))
+    groups = [pq.read_metadata(tmp_path / f"{name}.parquet").num_row_groups for name in "ab"]
+    assert groups == [-(-len(copies) // 3), 1]
     for name in ("a.parquet", "b.parquet", "c.jsonl"):
         assert read_texts(str(tmp_path / name)) == copies
 
