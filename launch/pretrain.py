@@ -11,10 +11,12 @@ import sys
 from datetime import timedelta
 
 from sdp_llm.cli import config_of, config_parser, run_command, until_checked
+from sdp_llm.training.signals import StopRequest
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
     """Parse, build, train."""
+    stop = StopRequest()
     with until_checked():
         run = config_of(arguments)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -32,21 +34,26 @@ def pretrain(arguments: argparse.Namespace) -> None:
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.budget import total_steps
         from sdp_llm.training.run_folder import RunFolder
-        from sdp_llm.training.summary import closing_lines, summary_card
-        from sdp_llm.training.trainer import Trainer
+        from sdp_llm.training.session import train
 
         steps = total_steps(run, inputs)
     init_distributed(timedelta(minutes=run.training.timeout_minutes))
-    folder = RunFolder(run, inputs.plan, is_writer=os.environ["RANK"] == "0")
-    backend = EngineBackend(run, inputs, steps)
-    trainer = Trainer(run, inputs, backend, folder, steps)
-    if trainer.backend.rank == 0:
-        print(summary_card(run, inputs, steps), flush=True)
-    trainer.fit()
-    trainer.say(closing_lines(trainer))
+    stop.hear_sigterm()
+    is_writer = os.environ["RANK"] == "0"
+    folder = RunFolder(run, inputs.plan, is_writer, resume=arguments.resume)
+    backend = EngineBackend(run, inputs, steps, stop.is_set)
+    train(run, inputs, backend, folder, arguments.resume, steps)
+    stop.settle()
     shut_down()
 
 
 if __name__ == "__main__":
     parser = config_parser(__doc__ or "")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="continue from the run folder's newest whole checkpoint where it has one (auto, the "
+        "default), never (none), or from a checkpoint, or the newest in a folder (PATH)",
+    )
     sys.exit(run_command("pretrain", pretrain, parser.parse_args()))

@@ -37,6 +37,7 @@ def simulate(arguments: argparse.Namespace) -> None:
 
     steps = total_steps(run, inputs)
     folder = RunFolder(run, inputs.plan, is_writer=True)
+    folder.begin()
     device = torch.device(device_type())
     trainer = Trainer(run, inputs, SimulationBackend(run, inputs, steps, device), folder, steps)
     if trainer.backend.rank == 0:

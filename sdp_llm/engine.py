@@ -25,7 +25,7 @@ from torch import Tensor
 from sdp_llm.checkpoint.export import export_pretrained
 from sdp_llm.checkpoint.load import load_checkpoint
 from sdp_llm.checkpoint.save import save_checkpoint
-from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config
+from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
 from sdp_llm.plan import Plan
@@ -34,6 +34,7 @@ from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
 from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.unsupported import refuse_unsupported, unsupported
+from sdp_llm.versions import versions
 
 
 def init_distributed(timeout: timedelta) -> None:
@@ -229,9 +230,15 @@ class SDPEngine(DeepSpeedEngine):
 
     # -- the whole model ----------------------------------------------------------------------
 
-    def evaluate(self, samples: Tensor, micro_batch: int, eos_id: int | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        samples: Tensor,
+        micro_batch: int,
+        eos_id: int | None = None,
+        must_stop: Callable[[], bool] | None = None,
+    ) -> Evaluation:
         """The whole model's loss; see :func:`sdp_llm.evaluation.evaluate`. Collective."""
-        return evaluate(self.sharded, samples, micro_batch, eos_id)
+        return evaluate(self.sharded, samples, micro_batch, eos_id, must_stop)
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
         """Write the whole model as a HuggingFace checkpoint. Collective over the world."""
@@ -262,6 +269,11 @@ class SDPEngine(DeepSpeedEngine):
             "scheduler": scheduler,
             "param_groups": group_options,
             "client_state": dict(client_state or {}),
+            # For the reader, and for comparing what a run goes on with.
+            "config": to_dict(self.run),
+            "model": self.sharded.subnetwork.config.to_dict(),
+            "plan": {"world_size": self.plan.world_size, "owners": self.plan.owner_sets},
+            "versions": versions(),
         }
         name = tag or f"global_step{self.global_steps}"
         save_checkpoint(

@@ -11,6 +11,14 @@ class ConfigError(ValueError):
     """
 
 
+class DamagedCheckpoint(ConfigError):
+    """A folder that is no complete checkpoint, or not what was saved: another one may be fine."""
+
+
+class Interrupted(RuntimeError):
+    """All ranks agreed to stop what they were doing together."""
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the one-line message says why and what to change.
 

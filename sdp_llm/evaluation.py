@@ -8,7 +8,7 @@ comes, is run there and freed: at any moment a rank holds its subnetwork and one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdp_llm.errors import Interrupted
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.materialize import ShardedModel
@@ -135,7 +136,11 @@ class _Sender:
 
 @torch.no_grad()
 def evaluate(
-    sharded: ShardedModel, samples: Tensor, micro_batch: int, eos_id: int | None = None
+    sharded: ShardedModel,
+    samples: Tensor,
+    micro_batch: int,
+    eos_id: int | None = None,
+    must_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """The whole model's loss over the samples of all ranks. Collective over the world.
 
@@ -144,6 +149,8 @@ def evaluate(
     :param micro_batch: samples per forward. Each forward makes every block travel once, so take
         as many as memory allows; the activations of one block and the logits exist at a time.
     :param eos_id: the id that ends every document: then documents do not see each other.
+    :param must_stop: asked before each forward, and collective like it.
+    :raises Interrupted: on every rank, when ``must_stop`` says so.
     """
     device = sharded.units[0].flat.device
     rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
@@ -152,6 +159,8 @@ def evaluate(
         dist.all_reduce(rounds, dist.ReduceOp.MAX)
     with whole_model(sharded) as model:
         for i in range(int(rounds)):
+            if must_stop is not None and must_stop():
+                raise Interrupted("evaluation")
             part = samples[i * micro_batch : (i + 1) * micro_batch].to(device)
             if len(part) == 0:
                 # Blocks travel in every rank's forward: run one that does not count.

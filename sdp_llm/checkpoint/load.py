@@ -5,90 +5,109 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdp_llm.checkpoint.save import FORMAT_VERSION, MANIFEST, RNG, STATE, parse_key
-from sdp_llm.checkpoint.together import sha256_of
-from sdp_llm.errors import ConfigError
+from sdp_llm.checkpoint.coverage import (
+    CUDA_RNG,
+    MASTER,
+    RNG,
+    Ranges,
+    coverage_error,
+    stored_ranges,
+)
+from sdp_llm.checkpoint.save import FORMAT_VERSION, MANIFEST, STATE, seal
+from sdp_llm.checkpoint.together import agree, sha256_of
+from sdp_llm.errors import ConfigError, DamagedCheckpoint
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import ParameterSlice
 
+# What of a model's config does not change what its weights compute.
+_NOT_THE_MODEL = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
-@dataclass(frozen=True)
-class _Range:
-    """Where elements ``start`` to ``stop`` of a flattened tensor are stored."""
 
-    start: int
-    stop: int
-    file: str
-    key: str
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that must stay the same when a run goes on."""
+    return {
+        key: value
+        for key, value in json.loads(json.dumps(config)).items()
+        if key not in _NOT_THE_MODEL and "drop" not in key
+    }
 
 
 class CheckpointReader:
     """The tensors of one checkpoint folder, by kind and global name.
 
-    :raises ConfigError: when the folder is not a complete checkpoint of this format.
+    :raises DamagedCheckpoint: when the folder is not a complete checkpoint of this format.
     """
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self.manifest = _read_json(folder / MANIFEST)
-        if self.manifest.get("format_version") != FORMAT_VERSION:
+        if self.manifest.get("sha256") != seal(self.manifest):
+            raise _damaged(folder / MANIFEST, "not the file that was saved (another SHA-256)")
+        if self.manifest["format_version"] != FORMAT_VERSION:
             raise ConfigError(
-                f"{folder / MANIFEST}: format version {self.manifest.get('format_version')!r}; "
+                f"{folder / MANIFEST}: format version {self.manifest['format_version']!r}; "
                 f"this version reads {FORMAT_VERSION}: load it with the version that wrote it"
             )
-        self.state = _read_json(folder / STATE)
-        self.ranges: dict[tuple[str, str], list[_Range]] = {}
+        self.state = read_state(folder)
         self._files: dict[str, Any] = {}
         for name in self.manifest["files"]:
             if name.endswith(".safetensors"):
-                self._open(name, stack)
+                try:
+                    self._files[name] = stack.enter_context(safe_open(folder / name, "pt"))
+                except (OSError, SafetensorError) as error:
+                    raise _damaged(folder / name, error) from error
+        self.ranges: Ranges = stored_ranges(
+            (name, key)
+            for name, file in self._files.items()
+            for key in file.keys()  # noqa: SIM118 - not a dict
+        )
 
-    def _open(self, name: str, stack: ExitStack) -> None:
-        try:
-            self._files[name] = stack.enter_context(safe_open(self.folder / name, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.folder / name}: {error}; take another checkpoint") from error
-        for key in self._files[name].keys():  # noqa: SIM118 - not a dict
-            kind, tensor, start, stop = parse_key(key)
-            self.ranges.setdefault((kind, tensor), []).append(_Range(start, stop, name, key))
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Check size and SHA-256 of the files, and that they cover each parameter once.
 
-    def verify(self) -> None:
-        """Check every file's size and SHA-256, and that the masters cover each parameter once.
-
-        :raises ConfigError: naming the file or the parameter.
+        :param part: read only the ``part``-th of ``parts`` equal shares of the files.
+        :raises DamagedCheckpoint: naming the file or the parameter.
         """
-        for name, expected in self.manifest["files"].items():
+        problem = coverage_error(self.ranges, self.manifest["parameters"])
+        if problem is not None:
+            raise _damaged(self.folder, problem)
+        files = self.manifest["files"]
+        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))[part::parts]:
             path = self.folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-                raise ConfigError(
-                    f"{path}: not the file that was saved (size {size}, saved "
-                    f"{expected['bytes']}, or another SHA-256); take another checkpoint"
-                )
-        for name, shape in self.manifest["parameters"].items():
-            end = 0
-            for part in sorted(self.ranges.get(("master", name), []), key=lambda r: r.start):
-                if part.start != end:
-                    break
-                end = part.stop
-            if end != torch.Size(shape).numel():
-                raise ConfigError(
-                    f"{self.folder}: {name} is stored up to element {end} of "
-                    f"{torch.Size(shape).numel()}; take another checkpoint"
+            try:
+                size = path.stat().st_size
+                is_same = size == files[name]["bytes"] and sha256_of(path) == files[name]["sha256"]
+            except OSError as error:
+                raise _damaged(path, error) from error
+            if not is_same:
+                raise _damaged(
+                    path,
+                    f"not the file that was saved (size {size}, saved {files[name]['bytes']}, or "
+                    "another SHA-256)",
                 )
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a flattened tensor, 1-D; or its one value, 0-D."""
         parts = []
-        for part in sorted(self.ranges[kind, name], key=lambda r: r.start):
+        for part in self.ranges[kind, name]:
             low, high = max(start, part.start), min(stop, part.stop)
             if low >= high:
                 continue
@@ -99,15 +118,26 @@ class CheckpointReader:
         return torch.cat(parts)
 
 
+def _damaged(path: Path, reason: object) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path}: {reason}; take another checkpoint")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The ``state`` that a checkpoint was saved with."""
+    return _read_json(folder / STATE)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
+        raise DamagedCheckpoint(
             f"{path}: not there; name a folder that engine.save_checkpoint wrote"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}; take another checkpoint") from error
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "not a JSON object")
     return content
 
 
@@ -120,29 +150,51 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read the masters, and the optimizer state, of this rank's shards from any plan's files.
 
-    The caller distributes the weights afterwards.
+    Collective over the world: the ranks share the verification, and nothing is changed before it
+    has passed on all of them. The caller distributes the weights afterwards.
 
     :returns: the ``state`` that was saved.
-    :raises ConfigError: when a file is not what was saved, or is of another model.
+    :raises DamagedCheckpoint: on every rank, when a file is not what was saved.
+    :raises ConfigError: on every rank, when it is of another model.
     """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     with ExitStack() as stack, torch.no_grad():
-        reader = CheckpointReader(folder, stack)
-        reader.verify()
-        _check_same_model(sharded, reader.manifest["parameters"], folder)
+        readers: list[CheckpointReader] = []
+
+        def open_and_verify() -> None:
+            readers.append(CheckpointReader(folder, stack))
+            readers[0].verify(rank, world_size)
+
+        agree(open_and_verify)
+        reader = readers[0]
+        _check_same_model(sharded, reader, folder)
         slices = [piece for unit in sharded.owned for piece in unit.slices]
         for piece in slices:
-            piece.tensor.copy_(reader.read("master", piece.name, piece.start, piece.stop))
+            piece.tensor.copy_(reader.read(MASTER, piece.name, piece.start, piece.stop))
         if load_optimizer_state:
             _load_optimizer(optimizer, slices, reader)
-        rng_key = (RNG, str(sharded.subnetwork.rank))
-        if rng_key in reader.ranges:
-            numel = reader.ranges[rng_key][0].stop
-            torch.set_rng_state(reader.read(*rng_key, 0, numel))
+        _restore_random(reader, rank, sharded.units[0].flat.device)
         return reader.state
 
 
-def _check_same_model(sharded: ShardedModel, saved: Mapping[str, list[int]], folder: Path) -> None:
+def _restore_random(reader: CheckpointReader, rank: int, device: torch.device) -> None:
+    """Go on with this rank's random numbers, where there was such a rank, on such a device."""
+
+    def saved(kind: str) -> Tensor | None:
+        parts = reader.ranges.get((kind, str(rank)))
+        return reader.read(kind, str(rank), 0, parts[-1].stop) if parts else None
+
+    state = saved(RNG)
+    if state is not None:
+        torch.set_rng_state(state)
+    state = saved(CUDA_RNG)
+    if state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+
+
+def _check_same_model(sharded: ShardedModel, reader: CheckpointReader, folder: Path) -> None:
     here = {spec.name: list(spec.shape) for spec in sharded.subnetwork.layout.parameters}
+    saved = reader.manifest["parameters"]
     different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
     if different:
         name = different[0]
@@ -150,13 +202,23 @@ def _check_same_model(sharded: ShardedModel, saved: Mapping[str, list[int]], fol
             f"{folder}: {name} has shape {saved.get(name)} there and {here.get(name)} in this "
             f"model ({len(different)} parameters differ); use the config it was trained with"
         )
+    if "model" not in reader.state:
+        return
+    there = architecture(reader.state["model"])
+    ours = architecture(sharded.subnetwork.config.to_dict())
+    for key in {**there, **ours}:
+        if there.get(key) != ours.get(key):
+            raise ConfigError(
+                f"{folder}: the model has {key} = {json.dumps(there.get(key))} there and "
+                f"{json.dumps(ours.get(key))} here; use the config it was trained with"
+            )
 
 
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, slices: list[ParameterSlice], reader: CheckpointReader
 ) -> None:
     by_tensor = {piece.tensor: piece for piece in slices}
-    kinds = {kind for kind, _ in reader.ranges} - {"master", RNG}
+    kinds = {kind for kind, _ in reader.ranges} - {MASTER, RNG, CUDA_RNG}
     content = optimizer.state_dict()
     index = 0
     for group in optimizer.param_groups:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sdp_llm.checkpoint.coverage import (
+    CUDA_RNG,
+    MASTER,
+    RNG,
+    coverage_error,
+    stored_ranges,
+    tensor_key,
+)
+from sdp_llm.checkpoint.stream import read_header, write_tensors
 from sdp_llm.checkpoint.together import (
     WrittenFile,
     agree,
     replace_text,
     write_json,
     write_together,
-    written,
 )
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
@@ -25,21 +33,13 @@ from sdp_llm.sharding.materialize import ShardedModel
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-RNG = "rng"
+LATEST = "latest"
 
 
-def tensor_key(kind: str, name: str, start: int, stop: int) -> str:
-    """The key of elements ``start`` to ``stop`` of the flattened tensor ``name``.
-
-    :param kind: ``master`` or the name of an optimizer state tensor, such as ``exp_avg``.
-    """
-    return f"{kind}|{name}|{start}|{stop}"
-
-
-def parse_key(key: str) -> tuple[str, str, int, int]:
-    """The parts of a :func:`tensor_key`."""
-    kind, name, start, stop = key.split("|")
-    return kind, name, int(start), int(stop)
+def seal(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest's other entries, which it carries itself."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(
@@ -54,11 +54,12 @@ def save_checkpoint(
     """Write ``folder/tag``, which appears complete or not at all, then ``folder/latest``.
 
     Collective over the world. Each owner writes the fp32 masters and the optimizer state of its
-    shard; together they cover every parameter once, which is what lets another number of ranks
-    or another plan read it.
+    shard, tensor by tensor; together they cover every parameter once, which is checked, and lets
+    another number of ranks or another plan read it.
 
     :param state: what else is needed to go on, JSON only; rank 0's is written.
-    :raises ConfigError: on every rank, when one cannot write; or when ``state`` is not JSON.
+    :raises ConfigError: on every rank, when one cannot write; or when ``state`` is not JSON. What
+        was saved before is then as it was, and what was written is gone.
     """
     rank = sharded.subnetwork.rank
 
@@ -72,22 +73,25 @@ def save_checkpoint(
 
     def write(partial: Path) -> list[WrittenFile]:
         path = partial / f"rank-{rank:05d}.safetensors"
-        save_file(dict(_own_ranges(sharded, optimizer)), path)
-        return [written(path)]
+        return [write_tensors(path, list(_own_ranges(sharded, optimizer)))]
 
     def finish(partial: Path, files: list[WrittenFile]) -> None:
-        files = [*files, write_json(partial / STATE, state)]
         parameters = {s.name: list(s.shape) for s in sharded.subnetwork.layout.parameters}
+        keys = ((file.name, key) for file in files for key in read_header(partial / file.name))
+        problem = coverage_error(stored_ranges(keys), parameters)
+        if problem is not None:
+            raise ConfigError(f"{folder / tag}: {problem}; not saved, as it could not be loaded")
+        files = [*files, write_json(partial / STATE, state)]
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": {f.name: {"bytes": f.size, "sha256": f.sha256} for f in files},
             "parameters": parameters,
         }
-        write_json(partial / MANIFEST, manifest)
+        write_json(partial / MANIFEST, manifest | {"sha256": seal(manifest)})
 
     def name_latest() -> None:
         if save_latest and rank == 0:
-            replace_text(folder / "latest", tag)
+            replace_text(folder / LATEST, tag)
 
     agree(check)
     write_together(folder / tag, write, finish)
@@ -98,6 +102,7 @@ def save_checkpoint(
 def _own_ranges(
     sharded: ShardedModel, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
+    """Views of what this rank writes: nothing is copied yet."""
     for unit in sharded.owned:
         for piece in unit.slices:
             # At stage 0 a slice is the whole parameter on every owner; each writes its shard.
@@ -106,14 +111,20 @@ def _own_ranges(
             if start >= stop:
                 continue
             own = slice(start - piece.start, stop - piece.start)
-            yield tensor_key("master", piece.name, start, stop), _copy(piece.tensor[own])
-            for kind, value in optimizer.state.get(piece.tensor, {}).items():
+            yield tensor_key(MASTER, piece.name, start, stop), piece.tensor[own]
+            # Sorted: equal states are equal files, also after a load.
+            for kind, value in sorted(optimizer.state.get(piece.tensor, {}).items()):
                 value = value if isinstance(value, Tensor) else torch.tensor(float(value))
                 part = value[own] if value.dim() else value
-                yield tensor_key(kind, piece.name, start, stop), _copy(part)
-    rng = torch.get_rng_state()
-    yield tensor_key(RNG, str(sharded.subnetwork.rank), 0, rng.numel()), rng
+                yield tensor_key(kind, piece.name, start, stop), part
+    # Last, because their sizes need not be a multiple of what the others are aligned to.
+    for kind, states in random_states(sharded.units[0].flat.device).items():
+        yield tensor_key(kind, str(sharded.subnetwork.rank), 0, states.numel()), states
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of this rank's random generators, by kind."""
+    states = {RNG: torch.get_rng_state()}
+    if device.type == "cuda":
+        states[CUDA_RNG] = torch.cuda.get_rng_state(device)
+    return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sdp_llm.errors import ConfigError
+
+# <fcntl.h> and <linux/fs.h>
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,20 @@ def write_json(path: Path, content: Any) -> WrittenFile:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one step: a reader sees the old or the new text."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,15 +77,19 @@ def agree(step: Callable[[], Any]) -> list[Any]:
     """Run ``step`` on every rank; every rank raises when it failed on one, none waits for it.
 
     :returns: what it returned on each rank.
-    :raises ConfigError: on every rank, when on one of them ``step`` raised it, or an OSError.
+    :raises ConfigError: on every rank, when on one of them ``step`` raised it, or an OSError; a
+        :class:`DamagedCheckpoint` where that was the first rank's reason.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: ConfigError | None = None
     try:
         result = step()
     except ConfigError as error:
-        failure = str(error)
+        failure = error
     except (OSError, SafetensorError) as error:
-        failure = f"cannot write: {error}; name a folder that all ranks can write to"
+        failure = ConfigError(
+            f"cannot write: {error}; name a folder that all ranks can write to, with enough space"
+        )
     if not dist.is_initialized():
         outcomes: list[Any] = [(result, failure)]
     else:
@@ -83,7 +97,7 @@ def agree(step: Callable[[], Any]) -> list[Any]:
         dist.all_gather_object(outcomes, (result, failure))
     for rank, (_, reason) in enumerate(outcomes):
         if reason is not None:
-            raise ConfigError(f"rank {rank}: {reason}")
+            raise type(reason)(f"rank {rank}: {reason}")
     return [value for value, _ in outcomes]
 
 
@@ -116,19 +130,38 @@ def write_together(
             if not (partial / file.name).exists():
                 raise OSError(f"{partial / file.name} is not there: not a shared file system")
         finish(partial, files)
-        _sync_folder(partial)
+        sync_folder(partial)
         _move_into_place(partial, folder)
 
-    agree(prepare)
-    files = [file for part in agree(lambda: write(partial)) for file in part]
-    agree(complete)
+    try:
+        agree(prepare)
+        files = [file for part in agree(lambda: write(partial)) for file in part]
+        agree(complete)
+    except ConfigError:
+        # All ranks are here: nobody writes any more.
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
+    """Give ``partial`` its final name at once, also where a folder has it already."""
+    replaced = partial
+    if not folder.exists():
+        partial.rename(folder)
+    elif not _exchange(partial, folder):
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-    partial.rename(folder)
-    _sync_folder(folder.parent)
+        partial.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (os.fsencode(first), os.fsencode(second))
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0

@@ -155,6 +155,13 @@ class TrainingConfig:
         None,
         shown="train_micro_batch_size_per_gpu",
     )
+    save_interval: int = key(
+        COUNT, "steps between checkpoints; 0: only when the run is stopped", 1000
+    )
+    keep_last: int = key(POSITIVE, "newest checkpoints that are kept", 2)
+    keep_every: int = key(
+        COUNT, "also keep those of every so many steps, a multiple of save_interval; 0: none", 0
+    )
     export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
     decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
     timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)
@@ -168,6 +175,12 @@ class TrainingConfig:
             raise ConfigError(
                 f"{' and '.join(f'training.{name}' for name in given)}: exactly one of "
                 f"{', '.join(BUDGETS)} must be given; set the others to null"
+            )
+        if self.keep_every and (not self.save_interval or self.keep_every % self.save_interval):
+            raise wrong(
+                "training.keep_every",
+                self.keep_every,
+                f"expected a multiple of training.save_interval = {self.save_interval}, or 0",
             )
 
     def budgets(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +27,28 @@ def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, A
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> Tensor:
-    """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint."""
+def global_norm(
+    shards: Sequence[Tensor], world: dist.ProcessGroup | None, is_asked: bool = False
+) -> tuple[float, bool]:
+    """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint.
+
+    :returns: the norm, and whether ``is_asked`` holds on any rank: it travels along for nothing.
+    """
     norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
     total = torch.stack(norms).square().sum()
+    sums = torch.stack([total, torch.full_like(total, float(is_asked))])
     if world is not None:
-        dist.all_reduce(total, group=world)
-    return total.sqrt()
+        dist.all_reduce(sums, group=world)
+    square, asked = sums.tolist()
+    return math.sqrt(square), asked > 0
 
 
 class ShardedOptimizer:
     """Steps ``inner`` on this rank's shards and brings the updated weights to their ranks.
 
     DeepSpeed's engine drives it through ``step``, ``zero_grad``, ``param_groups``, ``overflow``
-    and ``_global_grad_norm``.
+    and ``_global_grad_norm``. After each step ``must_stop`` says, on all ranks alike, whether
+    ``is_asked`` (settable, any function) was true on one of them.
 
     :param units: all units that this rank stores, in forward order.
     :param inner: on the groups of :func:`parameter_groups`.
@@ -63,6 +71,8 @@ class ShardedOptimizer:
         self.inner = inner
         self.overflow = False
         self._global_grad_norm: float | None = None
+        self.is_asked: Callable[[], bool] = lambda: False
+        self.must_stop = False
         self._communicator = communicator
         self._stage = stage
         self._max_norm = max_norm
@@ -89,7 +99,8 @@ class ShardedOptimizer:
 
         ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
         """
-        norm = global_norm([unit.shard_grad for unit in self.owned], self._world).item()
+        shards = [unit.shard_grad for unit in self.owned]
+        norm, self.must_stop = global_norm(shards, self._world, self.is_asked())
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
         if self.overflow:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,14 @@ class Step:
     """One optimizer step of this process.
 
     ``losses`` (1-D, on the device) has the mean loss, in nats per token, of each worker that this
-    process runs; ``grad_norm`` is global and before clipping.
+    process runs; ``grad_norm`` is global and before clipping; ``must_stop`` says, on all ranks
+    alike, that one of them was asked to stop.
     """
 
     losses: Tensor
     grad_norm: float
     is_skipped: bool
+    must_stop: bool = False
 
 
 class Backend(Protocol):
@@ -49,8 +52,15 @@ class Backend(Protocol):
         """One optimizer step on this process's samples ``[samples, sequence + 1]``."""
         ...
 
+    def must_stop(self) -> bool:
+        """Whether one of the processes was asked to stop. Collective."""
+        ...
+
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
-        """The whole model's loss over the samples of all processes. Collective."""
+        """The whole model's loss over the samples of all processes. Collective.
+
+        :raises Interrupted: on every process, when one of them is asked to stop meanwhile.
+        """
         ...
 
     def export(self, folder: Path, tokenizer: str | None) -> None:
@@ -63,11 +73,21 @@ class Backend(Protocol):
 
 
 class EngineBackend:
-    """One rank of a distributed run."""
+    """One rank of a distributed run.
 
-    def __init__(self, run: RunConfig, inputs: Inputs, total_steps: int) -> None:
+    :param is_asked: whether this rank was asked to stop.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        inputs: Inputs,
+        total_steps: int,
+        is_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.engine: SDPEngine
         self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
+        self.engine.optimizer.is_asked = self._is_asked = is_asked
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._eos_id = inputs.eos_id
         # Dropout, where a model has it, differs between ranks and repeats between runs.
@@ -89,10 +109,32 @@ class EngineBackend:
             engine.step()
         norm = engine.get_global_grad_norm()
         assert norm is not None
-        return Step(total, norm, not engine.was_step_applied())
+        return Step(total, norm, not engine.was_step_applied(), engine.optimizer.must_stop)
+
+    def must_stop(self) -> bool:
+        flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
+        if self.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
-        return self.engine.evaluate(samples, micro_batch, self._eos_id)
+        return self.engine.evaluate(samples, micro_batch, self._eos_id, self.must_stop)
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write ``folder/tag`` and name it the latest. Collective.
+
+        :raises ConfigError: on every rank, when one cannot write.
+        """
+        self.engine.save_checkpoint(folder, tag, state)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint. Collective.
+
+        :returns: the ``state`` it was saved with.
+        :raises DamagedCheckpoint: on every rank, when a file is not what was saved.
+        :raises ConfigError: on every rank, when it is of another model.
+        """
+        return self.engine.load_checkpoint(path.parent, path.name)[1]
 
     def export(self, folder: Path, tokenizer: str | None) -> None:
         self.engine.save_pretrained(folder, tokenizer)
@@ -140,6 +182,10 @@ class SimulationBackend:
         if self._scheduler is not None and not result.is_skipped:
             self._scheduler.step()
         return Step(torch.tensor(result.losses), result.grad_norm, result.is_skipped)
+
+    def must_stop(self) -> bool:
+        """Never: it is one process that any signal ends."""
+        return False
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
         parts = [part.to(self._device) for part in samples.split(micro_batch)]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdp_llm.data import TrainingData, batch_for_rank
 from sdp_llm.errors import TrainingStopped
+from sdp_llm.training.signals import kept_from_children
 
 # Not fork: this process has threads (gloo, OpenMP, CUDA), whose locks a forked child would find
 # held for ever. Not spawn: the workers would be children of this process, and torch raises the
@@ -67,7 +68,8 @@ def read_batches(
         # Else it would draw from the generator of the model's dropout.
         generator=torch.Generator(),
     )
-    iterator = iter(loader)
+    with kept_from_children():
+        iterator = iter(loader)
     for step in range(num_steps):
         try:
             tokens = next(iterator)

@@ -11,6 +11,7 @@ from sdp_llm.plan.size import CostSetup, ModelSize, setup_from_config
 from sdp_llm.subnetwork.measure import model_size
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.position import Position
 
 
 def run_size(run: RunConfig, inputs: Inputs) -> tuple[ModelSize, CostSetup]:
@@ -45,3 +46,14 @@ def total_steps(run: RunConfig, inputs: Inputs) -> int:
     dense = peer_cost(size, inputs.plan.world_size, setup, "DDP").compute.mean
     sdp = sdp_cost(size, inputs.plan, setup).compute.mean
     return steps_for_dense_flops(training.flops_of_dense_steps, sdp, dense)
+
+
+def steps_from(run: RunConfig, inputs: Inputs, position: Position, steps: int) -> int:
+    """The last step of a run that has come to ``position``, perhaps with another global batch.
+
+    :param steps: of the budget, had all been trained with this batch.
+    """
+    if run.training.tokens is None or position.step == 0:
+        return max(steps, position.step)
+    per_step = inputs.batch.global_batch * inputs.train.sequence_length
+    return position.step + max(0, -(-(run.training.tokens - position.tokens) // per_step))

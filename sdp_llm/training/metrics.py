@@ -40,6 +40,7 @@ class Meter:
         self._steps = 0
         self._seconds = 0.0
         self._started = time.perf_counter()
+        self.last_step_seconds = 0.0
 
     def start(self) -> None:
         """A stretch of steps begins; what happened since :meth:`pause` does not count."""
@@ -47,7 +48,8 @@ class Meter:
 
     def pause(self) -> None:
         """The stretch of steps is over for now."""
-        self._seconds += time.perf_counter() - self._started
+        self.last_step_seconds = time.perf_counter() - self._started
+        self._seconds += self.last_step_seconds
 
     def add(self, losses: Tensor) -> None:
         """Note the losses (1-D, one per worker of this process) of a step."""

@@ -1,96 +1,170 @@
-"""The folder of one run: what it was started with, and what it measured."""
+"""The folder of one run: what it was started with, what it measured and what it saved."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-import platform
+import os
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+import weakref
 from pathlib import Path
 from typing import Any
 
-from sdp_llm.checkpoint.together import agree
+from sdp_llm.checkpoint.together import agree, replace_text
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
+from sdp_llm.training.checkpoints import clear_rubbish, set_aside, steps_in
+from sdp_llm.training.status import UNFINISHED, read_status
+from sdp_llm.versions import versions
 
-PACKAGES = ("sdp_llm", "torch", "deepspeed", "transformers", "datasets", "accelerate")
+# A killed run's last helpers hold the folder for a few seconds more.
+PATIENCE_S = 10.0
 
 
 class RunFolder:
-    """Creates the folder and writes into it, on rank 0 only.
+    """Takes the folder for this process's run and writes into it, on rank 0 only.
 
     - ``config.json``: the resolved run config, which starts the same run again
     - ``plan.json``: the owner set of every block
     - ``environment.json``: versions, commit, command line, world size
-    - ``metrics.jsonl``: one object per log line and validation
+    - ``metrics.jsonl``: one object per log line, validation and checkpoint
+    - ``checkpoints/step-N``
 
-    Collective: all ranks raise when rank 0 cannot create it.
+    Collective: all ranks raise when rank 0 cannot take it. :meth:`begin` writes the first three.
 
-    :raises ConfigError: when it holds a run already, or cannot be written.
+    :param resume: "none": the folder must not hold a run; "auto": it may, to be continued; a path:
+        it may if the path is inside.
+    :raises ConfigError: when it holds a run, another process writes into it, or it is not writable.
     """
 
-    def __init__(self, run: RunConfig, plan: Plan, is_writer: bool) -> None:
+    def __init__(self, run: RunConfig, plan: Plan, is_writer: bool, resume: str = "none") -> None:
         assert run.training.run_dir is not None
         self.path = Path(run.training.run_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self._run = run
+        self._plan = plan
         self._is_writer = is_writer
         self._metrics = self.path / "metrics.jsonl"
+        self._write_together(lambda: self._take(resume))
 
-        def create() -> None:
-            if not is_writer:
-                return
-            try:
-                self._create(run, plan)
-            except OSError as error:
-                raise ConfigError(
-                    f"{self._key}: cannot write: {error}; name a folder that can be created"
-                ) from error
+    def begin(self, step: int = 0) -> list[str]:
+        """Write what the run is started with, and forget what came after ``step``. Collective.
 
-        agree(create)
+        :returns: lines that say what was forgotten, on rank 0.
+        """
+        forgotten: list[str] = []
+        self._write_together(lambda: forgotten.extend(self._begin(step)))
+        return forgotten
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one object to the metrics, with the time (seconds since 1970)."""
+        if not self._is_writer:
+            return
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            # A full disk must not end a run that it does not hurt otherwise.
+            print(f"warning: {self._metrics}: cannot write: {error}; make room", flush=True)
 
     @property
     def _key(self) -> str:
         return f"training.run_dir = {json.dumps(str(self.path))}"
 
-    def _create(self, run: RunConfig, plan: Plan) -> None:
-        if self._metrics.exists():
+    def _write_together(self, action: Any) -> None:
+        def on_the_writer() -> None:
+            if not self._is_writer:
+                return
+            try:
+                action()
+            except OSError as error:
+                raise ConfigError(
+                    f"{self._key}: cannot write: {error}; name a folder that can be created"
+                ) from error
+
+        agree(on_the_writer)
+
+    def _take(self, resume: str) -> None:
+        if self._metrics.exists() and not self._may_continue(resume):
+            advice = "" if resume in ("auto", "none") else " (without --resume it is continued)"
             raise ConfigError(
-                f"{self._key}: holds a run already; choose another folder, or remove it"
+                f"{self._key}: holds a run already; choose another folder, or remove it{advice}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", to_dict(run))
-        self._write("plan.json", {"world_size": plan.world_size, "owners": plan.owner_sets})
-        self._write("environment.json", _environment(plan.world_size))
-        self._metrics.touch()
+        self._lock()
+        if self.checkpoints.is_dir():
+            clear_rubbish(self.checkpoints)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Append one object to the metrics, with the time (seconds since 1970)."""
-        if self._is_writer:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+    def _may_continue(self, resume: str) -> bool:
+        if resume == "auto":
+            # Without a checkpoint it starts again; one that finished is worth something.
+            is_unfinished = read_status(self.path).get("state") in UNFINISHED
+            return bool(steps_in(self.checkpoints)) or is_unfinished
+        return resume != "none" and Path(resume).resolve().is_relative_to(self.path.resolve())
+
+    def _lock(self) -> None:
+        """Keep other processes out as long as this object lives."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"{self._key}: another process trains in this folder; wait until it has "
+                        "ended, or choose another folder"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:
+                return  # a file system without locks
+            else:
+                return
+
+    def _begin(self, step: int) -> list[str]:
+        forgotten = [f"{name}: of steps that are done again" for name in self._set_aside(step)]
+        kept, dropped = [], 0
+        if self._metrics.exists():
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+                if _step_of(line) <= step and step > 0:
+                    kept.append(line + "\n")
+                else:
+                    dropped += 1
+        if dropped:
+            forgotten.append(f"metrics.jsonl: {dropped} lines of steps that are done again removed")
+        replace_text(self._metrics, "".join(kept))
+        self._write("config.json", to_dict(self._run))
+        plan = {"world_size": self._plan.world_size, "owners": self._plan.owner_sets}
+        self._write("plan.json", plan)
+        self._write("environment.json", _environment(self._plan.world_size))
+        return forgotten
+
+    def _set_aside(self, step: int) -> list[str]:
+        return set_aside(self.checkpoints, step) if self.checkpoints.is_dir() else []
 
     def _write(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=2) + "\n"
-        (self.path / name).write_text(text, encoding="utf-8")
+        replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; of one that a crash cut off, later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _environment(world_size: int) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "world_size": world_size,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "commit": _commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -11,25 +11,36 @@ from torch import Tensor
 
 from sdp_llm.config import RunConfig
 from sdp_llm.data.sampler import rank_slice, validation_samples
-from sdp_llm.errors import TrainingStopped
+from sdp_llm.errors import Interrupted, TrainingStopped
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.training.backends import Backend, Step
 from sdp_llm.training.batches import StepBatches, read_batches
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
 from sdp_llm.training.metrics import Meter
+from sdp_llm.training.position import Position
 from sdp_llm.training.progress import HEADER_EVERY, LogLine, format_line, header
 from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.training.saver import Saver
 
 
 class Trainer:
-    """Trains a backend for a budget of steps, logs, validates and exports.
+    """Trains a backend for a budget of steps, logs, validates, saves and exports.
 
-    :param total_steps: optimizer steps of the budget.
+    :param total_steps: optimizer steps of the budget, with those before ``position``.
+    :param saver: writes checkpoints; None: there are none.
+    :param position: how far the backend has come.
     """
 
     def __init__(
-        self, run: RunConfig, inputs: Inputs, backend: Backend, folder: RunFolder, total_steps: int
+        self,
+        run: RunConfig,
+        inputs: Inputs,
+        backend: Backend,
+        folder: RunFolder,
+        total_steps: int,
+        saver: Saver | None = None,
+        position: Position | None = None,
     ) -> None:
         assert run.data is not None
         self.run = run
@@ -37,42 +48,87 @@ class Trainer:
         self.backend = backend
         self.folder = folder
         self.total_steps = total_steps
-        self.step = 0
+        self.position = position or Position()
         self.last_validation: Evaluation | None = None
         self._fresh_validation: Evaluation | None = None
+        self._saver = saver
         self._meter = Meter()
-        self._skipped = self._skipped_in_a_row = 0
         self._lines = 0
-        self._seconds = 0.0
         self._validation = self._validation_tokens()
         self._validation_bytes = self._count_bytes()
 
-    def fit(self) -> None:
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.position.step
+
+    def fit(self) -> bool:
         """Train to the end of the budget, validate and export. Collective.
 
-        :raises TrainingStopped: on every rank, after too many non-finite gradients in a row.
+        :returns: False when it was asked to stop, and saved, before the end.
+        :raises TrainingStopped: on every rank, after too many non-finite gradients in a row, or
+            when it was asked to stop and cannot save.
         """
-        interval = self.run.training.eval_interval
+        # A validation that was due when the run was stopped comes first.
+        must_stop = self.backend.must_stop() or not self._validate_if_due()
         batches = self._batches()
-        while self.step < self.total_steps:
-            self._meter.start()
-            result = self.backend.step(next(batches))
-            self._meter.pause()
-            self.step += 1
-            self._meter.add(result.losses)
-            self._count_skipped(result)
-            is_last = self.step == self.total_steps
-            if is_last or (interval and self.step % interval == 0):
-                self.validate()
-            if is_last or self.step % self.run.steps_per_print == 0:
-                self.log(result.grad_norm)
+        while not must_stop and self.step < self.total_steps:
+            must_stop = self._train_step(batches)
+        if must_stop:
+            self._stop()
+            return False
         if self.run.training.export:
             assert self.run.data is not None
             self.say(f"exporting to {self.folder.path / 'model'}")
             self.backend.export(self.folder.path / "model", self.run.data.tokenizer)
+        return True
+
+    def _train_step(self, batches: Iterator[Tensor]) -> bool:
+        """One optimizer step and what is due after it; True when the run must stop."""
+        self._meter.start()
+        result = self.backend.step(next(batches))
+        self._meter.pause()
+        self._meter.add(result.losses)
+        batch = self.inputs.batch.global_batch
+        self.position.step += 1
+        self.position.samples += batch
+        self.position.tokens += batch * self.inputs.train.sequence_length
+        self._count_skipped(result)
+        must_stop = result.must_stop or not self._validate_if_due()
+        is_last = self.step == self.total_steps
+        is_save_due = self._saver is not None and self._saver.is_due(self.step, is_last)
+        # What was measured up to a checkpoint is logged before it.
+        is_log_due = self.step % self.run.steps_per_print == 0
+        if is_last or is_log_due or is_save_due or must_stop:
+            self.log(result.grad_norm)
+        if self._saver is not None and not must_stop:
+            if is_save_due:
+                self._saver.save(self.position, self.total_steps)
+            self._saver.warn_if_too_slow(self._meter.last_step_seconds)
+        return must_stop
+
+    def _stop(self) -> None:
+        if self._saver is not None:
+            self._saver.save_and_stop(self.position, self.total_steps)
+
+    def _validate_if_due(self) -> bool:
+        """Validate where that is due and not done; False when asked to stop meanwhile."""
+        interval = self.run.training.eval_interval
+        is_due = self.step == self.total_steps or (interval and self.step % interval == 0)
+        if not is_due or self.step in (0, self.position.validated):
+            return True
+        try:
+            self.validate()
+        except Interrupted:
+            return False
+        self.position.validated = self.step
+        return True
 
     def validate(self) -> None:
-        """Measure the whole model's loss on the validation samples. Collective."""
+        """Measure the whole model's loss on the validation samples. Collective.
+
+        :raises Interrupted: on every rank, when one of them is asked to stop meanwhile.
+        """
         if self._validation is None:
             return
         micro_batch = self.run.training.eval_micro_batch_size or self.inputs.batch.micro_batch
@@ -83,7 +139,7 @@ class Trainer:
         if bits is not None:
             values["validation/bits_per_byte"] = bits
         self.folder.log({"step": self.step, **values, "validation/tokens": result.tokens})
-        self.backend.monitor(values, self.step * self.inputs.batch.global_batch)
+        self.backend.monitor(values, self.position.samples)
 
     def bits_per_byte(self, result: Evaluation) -> float | None:
         """The validation loss in bits per byte of text; None without a tokenizer."""
@@ -92,7 +148,7 @@ class Trainer:
     def log(self, grad_norm: float) -> None:
         """Print one line and append it to the metrics. Collective."""
         reduced = self._meter.reduce()
-        self._seconds += reduced.seconds
+        self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch
         tokens = reduced.steps * batch * self.inputs.train.sequence_length
         line = LogLine(
@@ -102,11 +158,11 @@ class Trainer:
             validation=self._fresh_validation.loss if self._fresh_validation else None,
             lr=self.backend.lr,
             grad_norm=grad_norm,
-            skipped=self._skipped,
+            skipped=self.position.skipped,
             tokens_per_second=tokens / reduced.seconds,
             memory_now=reduced.memory_now,
             memory_peak=reduced.memory_peak,
-            eta=self._seconds / self.step * (self.total_steps - self.step),
+            eta=self.position.seconds / self.step * (self.total_steps - self.step),
         )
         self._fresh_validation = None
         if self._lines % HEADER_EVERY == 0:
@@ -114,19 +170,15 @@ class Trainer:
         self.say(format_line(line))
         self._lines += 1
         spread = {"lowest_loss": reduced.lowest_loss, "highest_loss": reduced.highest_loss}
-        self.folder.log(
-            {**asdict(line), **spread, "samples": self.step * batch, "tokens": self._tokens()}
-        )
+        counts = {"samples": self.position.samples, "tokens": self.position.tokens}
+        self.folder.log({**asdict(line), **spread, **counts})
         values = {"train/loss": line.loss, "train/grad_norm": grad_norm, "train/lr": line.lr}
-        self.backend.monitor(values, self.step * batch)
+        self.backend.monitor(values, self.position.samples)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.backend.rank == 0:
             print(text, flush=True)
-
-    def _tokens(self) -> int:
-        return self.step * self.inputs.batch.global_batch * self.inputs.train.sequence_length
 
     def _batches(self) -> Iterator[Tensor]:
         """This process's part of the global batch of each step to come."""
@@ -135,7 +187,7 @@ class Trainer:
         batches = StepBatches(
             self.inputs.train,
             self.run.training.seed,
-            samples_consumed=self.step * global_batch,
+            samples_consumed=self.position.samples,
             global_batch=global_batch,
             rank=self.backend.rank,
             world_size=self.backend.world_size,
@@ -148,10 +200,11 @@ class Trainer:
         )
 
     def _count_skipped(self, result: Step) -> None:
-        self._skipped += result.is_skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.is_skipped else 0
+        position = self.position
+        position.skipped += result.is_skipped
+        position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.is_skipped else 0
         limit = self.run.training.max_skipped_steps
-        if self._skipped_in_a_row >= limit:
+        if position.skipped_in_a_row >= limit:
             raise TrainingStopped(
                 f"step {self.step}: the gradient was not finite in {limit} steps in a row "
                 f"(training.max_skipped_steps = {limit}); lower the learning rate or look at the "

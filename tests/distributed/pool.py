@@ -49,9 +49,9 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
         message = connection.recv()
         if message is None:
             break
-        function, arguments = message
+        function, arguments, options = message
         try:
-            connection.send((function(*arguments), None))
+            connection.send((function(*arguments, **options), None))
         except Exception:
             connection.send((None, traceback.format_exc()))
         _destroy_owner_groups()
@@ -85,10 +85,10 @@ class Pool:
             self._connections.append(here)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(*arguments)`` returned on each rank."""
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        """What ``function(*arguments, **options)`` returned on each rank."""
         for connection in self._connections:
-            connection.send((function, arguments))
+            connection.send((function, arguments, options))
         outcomes = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(TIMEOUT_S + 30):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sdp_llm.checkpoint.save import seal
 from sdp_llm.engine import SDPEngine, initialize
 from sdp_llm.errors import ConfigError
 from tests.distributed.compare import assembled, whole
@@ -188,13 +189,14 @@ def _damage(folder: Path, how: str) -> None:
         (folder / "global_step1" / "manifest.json").write_text("{")
     elif how == "other version":
         path = folder / "global_step1" / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+        manifest = json.loads(path.read_text()) | {"format_version": 99}
+        path.write_text(json.dumps(manifest | {"sha256": seal(manifest)}))
     elif how == "uncovered":
         # A set of files that is consistent but lacks a rank's part.
         path = folder / "global_step1" / "manifest.json"
         manifest = json.loads(path.read_text())
         del manifest["files"][shard.name]
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(manifest | {"sha256": seal(manifest)}))
     elif how == "no latest":
         (folder / "latest").unlink()
 
@@ -206,7 +208,7 @@ DAMAGES = {
     "no manifest": "manifest.json: not there",
     "cut manifest": "manifest.json: ",
     "other version": "format version 99",
-    "uncovered": "is stored up to element",
+    "uncovered": " are missing",
     "no latest": "latest: not there",
 }
 

@@ -63,7 +63,11 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Write the files; ``folder`` exists."""
     made = Tiny(
         folder,
         model=folder / "model" / "config.json",
@@ -177,8 +181,7 @@ class Run:
 def execute(*command: str | Path, timeout: float = 300, cwd: Path = ROOT) -> Finished:
     """Run a command on the CPU; one that does not end in ``timeout`` seconds fails the test."""
     texts = tuple(str(part) for part in command)
-    environment = {k: v for k, v in os.environ.items() if not re.fullmatch(_LAUNCHED, k)}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = command_environment()
     process = subprocess.Popen(
         texts, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -192,6 +195,12 @@ def execute(*command: str | Path, timeout: float = 300, cwd: Path = ROOT) -> Fin
         stdout, stderr = process.communicate()
         pytest.fail(f"{' '.join(texts)}: no end after {timeout} s\n{stdout}\n{stderr}")
     return Finished(texts, process.returncode, stdout, stderr)
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of a command on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if not re.fullmatch(_LAUNCHED, k)}
+    return environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 # What launchers tell their ranks; a test's command is started by none.

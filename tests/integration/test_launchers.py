@@ -68,6 +68,7 @@ class Uses:
     loaded: Finished
     evaluated: Finished
     generated: Finished
+    started_anew: Finished
     started_again: Finished
 
 
@@ -79,6 +80,7 @@ def uses(run: Run) -> Uses:
         [sys.executable, "-c", LOAD, model],
         python("launch/evaluate.py", "--deepspeed_config", config, "--model", model),
         python("launch/generate.py", "--model", model, "--tokens", "5", "--prompt", *PROMPTS),
+        with_deepspeed(config, "--resume", "none"),
         with_deepspeed(config),
     ]
     return Uses(*two_at_a_time(commands))
@@ -146,6 +148,7 @@ def test_the_output_has_the_plan_the_lines_and_the_result(run: Run) -> None:
 def test_the_run_folder(run: Run, tiny: Tiny) -> None:
     assert run.finished.status == 0, run.finished.output
     names = {"config.json", "plan.json", "environment.json", "metrics.jsonl", "model"}
+    names |= {"status.json", "checkpoints"}
     assert {path.name for path in run.folder.iterdir()} == names
     given = load_config(tiny.config)
     training = replace(given.training, run_dir=str(run.folder))
@@ -159,6 +162,9 @@ def test_the_run_folder(run: Run, tiny: Tiny) -> None:
     assert environment["packages"]["torch"]
     assert environment["packages"]["sdp_llm"]
     assert "commit" in environment
+    status = json.loads((run.folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", STEPS)
+    assert status["checkpoint"] == f"checkpoints/step-{STEPS}"
 
 
 def test_the_metrics(run: Run) -> None:
@@ -217,7 +223,7 @@ def test_the_export_generates(uses: Uses) -> None:
 
 
 def test_a_second_start_does_not_write_into_the_folder(uses: Uses, run: Run) -> None:
-    done = uses.started_again
+    done = uses.started_anew
     assert done.status != 0, done.output
     assert sorted(line.split("] ")[0] for line in done.error_lines()) == [
         "pretrain: error: [rank 0",
@@ -227,6 +233,8 @@ def test_a_second_start_does_not_write_into_the_folder(uses: Uses, run: Run) -> 
         where = f"training.run_dir = {json.dumps(str(run.folder))}"
         assert f"{where}: holds a run already; choose another folder, or remove it" in line
     assert "Traceback" not in done.stderr
+    assert uses.started_again.status == 0, uses.started_again.output
+    assert "finished already: raise the budget to train on" in uses.started_again.stdout
     assert len(run.losses()) == STEPS
 
 

@@ -12,7 +12,8 @@ import pytest
 from sdp_llm.config import RunConfig, load_config, parse_config
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import make_plan
-from sdp_llm.training.run_folder import PACKAGES, RunFolder
+from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.versions import PACKAGES
 
 PLAN = make_plan(4, 6, owners_per_block=2)
 
@@ -32,13 +33,13 @@ def run_at(folder: Path) -> RunConfig:
 def test_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run"
     run = run_at(path)
-    RunFolder(run, PLAN, is_writer=True)
+    RunFolder(run, PLAN, is_writer=True).begin()
     assert load_config(path / "config.json") == run
     plan = json.loads((path / "plan.json").read_text())
     assert plan == {"world_size": 4, "owners": [list(owners) for owners in PLAN.owner_sets]}
     environment = json.loads((path / "environment.json").read_text())
     assert environment["world_size"] == 4
-    assert set(environment["packages"]) == set(PACKAGES)
+    assert set(environment["packages"]) == {"python", *PACKAGES}
     assert environment["packages"]["torch"].startswith("2.")
     assert environment["command"]
     assert (path / "metrics.jsonl").read_text() == ""
@@ -57,6 +58,7 @@ def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     folder = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=False)
+    folder.begin()
     folder.log({"step": 1})
     assert not (tmp_path / "run").exists()
 
@@ -74,7 +76,7 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True).begin()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 

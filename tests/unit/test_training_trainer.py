@@ -23,6 +23,7 @@ from sdp_llm.evaluation import Evaluation
 from sdp_llm.plan import plan_from_config
 from sdp_llm.training.backends import Step
 from sdp_llm.training.inputs import Inputs, target_bytes
+from sdp_llm.training.position import Position
 from sdp_llm.training.progress import HEADER_EVERY, header
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.trainer import Trainer
@@ -48,6 +49,9 @@ class Notes:
         is_skipped = self._skipped[i : i + 1] == "x"
         norm = math.nan if is_skipped else 0.5 * i
         return Step(torch.tensor([float(i + 1)]), norm, is_skipped)
+
+    def must_stop(self) -> bool:
+        return False
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
         self.evaluated.append((len(self.batches), samples, micro_batch))
@@ -162,7 +166,7 @@ def test_ranks_read_their_slices_of_the_promised_samples(
 def test_reading_goes_on_where_the_trainer_is(dataset: PackedDataset, tmp_path: Path) -> None:
     backend = Notes()
     job = trainer(dataset, tmp_path, backend)
-    job.step = 7
+    job.position = Position(step=7, samples=7 * BATCH)
     job.fit()
     together = torch.cat(backend.batches).numpy()
     np.testing.assert_array_equal(together, dataset.read(SEED, 7 * BATCH, 3 * BATCH))

@@ -1,0 +1,102 @@
+"""The checkpoints of one run folder: which there are, which stay, and whether they will fit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from sdp_llm.checkpoint.together import sync_folder
+from sdp_llm.config import RunConfig
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan.size import FP32_BYTES, setup_from_config
+
+
+def tag_of(step: int) -> str:
+    """The name of the checkpoint after ``step`` optimizer steps."""
+    return f"step-{step}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of which ``folder`` has a checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def steps_to_remove(steps: Iterable[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of these checkpoints are neither among the newest nor kept for good."""
+    ascending = sorted(steps)
+    old = ascending[: max(0, len(ascending) - keep_last)]
+    return [step for step in old if not keep_every or step % keep_every]
+
+
+def remove(folder: Path, steps: Iterable[int]) -> None:
+    """Remove checkpoints, each of which disappears at once under its final name."""
+    for step in steps:
+        doomed = folder / f".{tag_of(step)}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        (folder / tag_of(step)).rename(doomed)
+        sync_folder(folder)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(folder: Path, after: int) -> list[str]:
+    """Rename the checkpoints after a step, from which the run goes another way now.
+
+    :returns: their new names.
+    """
+    names = []
+    for step in steps_in(folder):
+        if step > after:
+            aside = folder / f"{tag_of(step)}.set-aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / tag_of(step)).rename(aside)
+            names.append(aside.name)
+    return names
+
+
+def clear_rubbish(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".partial", ".removed", ".replaced"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def checkpoint_bytes(run: RunConfig, numel: int) -> int:
+    """About how large a checkpoint of a model of ``numel`` parameters is: masters and moments."""
+    return numel * (FP32_BYTES + setup_from_config(run, 1, "gloo").moment_bytes)
+
+
+def check_space(run: RunConfig, folder: Path, size: int, step: int, total_steps: int) -> None:
+    """Check that the checkpoints of the rest of a run will fit on the disk.
+
+    :param folder: where they go; the folder that it will be in exists.
+    :param size: bytes of one checkpoint.
+    :raises ConfigError: naming what is needed and what there is.
+    """
+    training = run.training
+    there = steps_in(folder)
+    if step >= total_steps:
+        return
+    # Without an interval one is written when the run is stopped.
+    every = {*there, step + 1}
+    if training.save_interval:
+        every = {*there, *range(0, total_steps, training.save_interval), total_steps}
+        every = {s for s in every if s > step or s in there}
+    kept = every - set(steps_to_remove(every, training.keep_last, training.keep_every))
+    # One that is removed goes after the next one is complete.
+    count = max(0, min(len(kept) + 1, len(every)) - len(there))
+    need, free = count * size, shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise ConfigError(
+            f"training.keep_last = {training.keep_last}, training.keep_every = "
+            f"{training.keep_every}: {count} more checkpoints of {size / 1e9:,.1f} GB need "
+            f"{need / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free; make room, keep "
+            "fewer, or take another training.run_dir"
+        )

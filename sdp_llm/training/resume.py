@@ -1,0 +1,136 @@
+"""Where a run begins: at its start, or from a checkpoint that was verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdp_llm.checkpoint.load import read_state
+from sdp_llm.checkpoint.save import MANIFEST
+from sdp_llm.checkpoint.together import agree
+from sdp_llm.config import RunConfig, to_dict
+from sdp_llm.errors import ConfigError, DamagedCheckpoint
+from sdp_llm.training.backends import EngineBackend
+from sdp_llm.training.checkpoints import steps_in, tag_of
+from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.position import Position
+
+AUTO, NONE = "auto", "none"
+
+# Keys that change how the run goes on, by their beginning, and what to know about that. All others
+# may change freely: ranks, plan, masking, ZeRO stage, micro-batches, logging.
+_LOUD = {
+    "training.seed": "the order of samples changes: some are read twice, some not at all",
+    "data.validation": "",
+    "data.tokenizer": "",
+    "data.": "the data change: samples are counted on, whatever they are",
+    "optimizer.": "the optimizer keeps the checkpoint's",
+    "scheduler": "the schedule goes on at this step of the new one",
+    "bf16.": "weights are rounded anew from the fp32 masters",
+    "gradient_clipping": "from here on",
+    "communication_data_type": "from here on",
+    "training.decay_all": "the optimizer keeps the checkpoint's groups",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the run begins.
+
+    ``checkpoint`` is None at step 0; ``messages`` are for a person: what was skipped and why, and
+    what the config changes.
+    """
+
+    position: Position
+    checkpoint: Path | None
+    messages: tuple[str, ...] = ()
+
+
+def find_start(
+    run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: str, total_steps: int
+) -> Start:
+    """Load the newest checkpoint that is whole into the backend. Collective.
+
+    :param resume: "auto": from the run folder, where it has one; "none": from step 0; or the path
+        of a checkpoint, or of a folder that holds some.
+    :raises ConfigError: on every rank, when there are checkpoints but none is whole, when there is
+        none at a path that was given, or when it is of another model.
+    """
+    assert run.training.run_dir is not None
+    if resume == NONE:
+        return Start(Position(), None)
+    is_given = resume != AUTO
+    folder = Path(resume) if is_given else Path(run.training.run_dir)
+    # One rank looks, so that all try the same ones.
+    candidates = agree(lambda: _candidates(folder) if backend.rank == 0 else [])[0]
+    skipped: list[str] = []
+    for path in candidates:
+        try:
+            client_state = backend.load(path)
+        except DamagedCheckpoint as error:
+            skipped.append(f"skipped {path.name}: {error}")
+            continue
+        if "trainer" not in client_state:
+            raise ConfigError(
+                f"{path}: written by another loop than launch/pretrain.py, it does not say which "
+                "data come next; load it with engine.load_checkpoint in that loop"
+            )
+        position = Position(**client_state["trainer"])
+        saved = read_state(path)
+        return Start(position, path, (*skipped, *_changes(saved, run, inputs, total_steps)))
+    if skipped:
+        raise ConfigError(
+            f"{folder}: no checkpoint is whole: {'; '.join(skipped)}; start anew in another "
+            "training.run_dir"
+        )
+    if is_given:
+        raise ConfigError(f"--resume {resume}: no checkpoint there; name one, such as .../step-100")
+    return Start(Position(), None)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints that ``folder`` is or has, newest first."""
+    if (folder / MANIFEST).exists():
+        return [folder]
+    for inside in (folder / "checkpoints", folder):
+        steps = steps_in(inside)
+        if steps:
+            return [inside / tag_of(step) for step in reversed(steps)]
+    return []
+
+
+def _changes(
+    saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, total_steps: int
+) -> Iterator[str]:
+    """A line for everything that goes on in another way than it did."""
+    trainer = saved["client_state"]
+    world_size, now = saved["plan"]["world_size"], inputs.plan.world_size
+    if world_size != now:
+        yield f"{now} ranks, {world_size} before"
+    batch = inputs.batch.global_batch
+    if trainer["global_batch"] != batch:
+        yield (
+            f"warning: train_batch_size = {trainer['global_batch']} before, {batch} now: the data "
+            "go on with the next unseen sample, schedules count steps"
+        )
+    if trainer["total_steps"] != total_steps:
+        yield (
+            f"warning: the budget was {trainer['total_steps']} steps, it is {total_steps} now; a "
+            'scheduler with total_num_steps = "auto" follows it'
+        )
+    before, after = dict(_flat(saved["config"])), dict(_flat(to_dict(run)))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
+            if effect:
+                yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value

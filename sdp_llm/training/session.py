@@ -1,0 +1,88 @@
+"""One process's part of a run, from where it begins to how it ends."""
+
+from __future__ import annotations
+
+from sdp_llm.checkpoint.together import agree
+from sdp_llm.config import RunConfig
+from sdp_llm.training.backends import EngineBackend
+from sdp_llm.training.budget import steps_from
+from sdp_llm.training.checkpoints import check_space, checkpoint_bytes
+from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.resume import Start, find_start
+from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.training.saver import Saver
+from sdp_llm.training.status import FINISHED, RUNNING, Status, read_status
+from sdp_llm.training.summary import closing_lines, summary_card
+from sdp_llm.training.trainer import Trainer
+
+
+def train(
+    run: RunConfig,
+    inputs: Inputs,
+    backend: EngineBackend,
+    folder: RunFolder,
+    resume: str,
+    steps: int,
+) -> None:
+    """Find the start, train, and leave a status that says how it ended. Collective.
+
+    :param resume: as in :func:`sdp_llm.training.resume.find_start`.
+    :param steps: of the budget.
+    :raises ConfigError: on every rank, when it cannot begin.
+    :raises TrainingStopped: on every rank, when it cannot go on.
+    """
+
+    def say(text: str) -> None:
+        if backend.rank == 0:
+            print(text, flush=True)
+
+    start = find_start(run, inputs, backend, resume, steps)
+    position = start.position
+    steps = steps_from(run, inputs, position, steps)
+    for line in _start_lines(start, steps):
+        say(line)
+    was_finished = read_status(folder.path).get("state") == FINISHED
+    if start.checkpoint is not None and was_finished and position.step >= steps:
+        say("finished already: raise the budget to train on, or take another training.run_dir")
+        return
+    size = checkpoint_bytes(run, backend.engine.sharded.subnetwork.layout.numel)
+    agree(lambda: check_space(run, folder.checkpoints, size, position.step, steps))
+    status = Status(folder.path, backend.rank, steps)
+    is_own = start.checkpoint is not None and start.checkpoint.parent.resolve() == (
+        folder.checkpoints.resolve()
+    )
+    newest = f"checkpoints/{start.checkpoint.name}" if start.checkpoint and is_own else None
+    status.write(state=RUNNING, step=position.step, checkpoint=newest)
+    for line in folder.begin(position.step):
+        say(line)
+    saver = Saver(
+        run.training,
+        backend,
+        folder,
+        status,
+        say,
+        global_batch=inputs.batch.global_batch,
+        size=size,
+        saved_step=position.step if is_own else None,
+    )
+    trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
+    say(summary_card(run, inputs, steps))
+    try:
+        is_finished = trainer.fit()
+    except BaseException as error:
+        status.fail(f"step {trainer.step}: {type(error).__name__}: {error}")
+        raise
+    if is_finished:
+        status.write(state=FINISHED, step=trainer.step)
+        say(closing_lines(trainer))
+
+
+def _start_lines(start: Start, steps: int) -> list[str]:
+    if start.checkpoint is None:
+        return list(start.messages)
+    position = start.position
+    line = (
+        f"continuing from {start.checkpoint}: step {position.step} of {steps}, "
+        f"{position.samples:,} samples, {position.tokens:,} tokens"
+    )
+    return [*start.messages, line]

@@ -1,0 +1,66 @@
+"""The status file of a run folder: what became of the run, whatever its launcher says."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from sdp_llm.checkpoint.together import replace_text
+
+STATUS = "status.json"
+RUNNING, FINISHED, PREEMPTED, FAILED = "running", "finished", "preempted", "failed"
+UNFINISHED = (RUNNING, PREEMPTED, FAILED)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What the status file says; nothing where there is none that can be read."""
+    try:
+        content = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class Status:
+    """Writes ``status.json``: ``state`` is running, finished, preempted or failed.
+
+    Beside it stand ``step`` and ``total_steps``, ``checkpoint`` (the newest complete one, relative
+    to the run folder, or null), ``reason`` of a failure, ``warning`` (the last save that failed),
+    ``host`` and ``pid`` of the process that wrote it, and ``time`` (seconds since 1970). A run
+    that says "running" without a process was killed without a chance to say more.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
+        self._run_dir = run_dir
+        self._rank = rank
+        self._content: dict[str, Any] = {
+            "state": RUNNING,
+            "step": 0,
+            "total_steps": total_steps,
+            "checkpoint": None,
+        }
+
+    def write(self, **changes: Any) -> None:
+        """Change entries and write the file, on rank 0."""
+        self._content |= changes
+        if self._rank == 0:
+            self._replace()
+
+    def fail(self, reason: str) -> None:
+        """Say why the run ends; the first rank to say so is the one that counts."""
+        if read_status(self._run_dir).get("state") == RUNNING:
+            self._content |= {"state": FAILED, "reason": f"rank {self._rank}: {reason}"}
+            self._replace()
+
+    def _replace(self) -> None:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 3)}
+        text = json.dumps(self._content | who, indent=2) + "\n"
+        try:
+            replace_text(self._run_dir / STATUS, text)
+        except OSError as error:
+            # A full disk must not end a run that it does not hurt otherwise.
+            print(f"{self._run_dir / STATUS}: cannot write: {error}", flush=True)

@@ -1,0 +1,400 @@
+"""Runs that go on from their folder: exactly, elsewhere, and past what is damaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sdp_llm.config import load_config
+from sdp_llm.data.sampler import samples_at
+from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.evaluation import Evaluation
+from sdp_llm.training.backends import EngineBackend, Step
+from sdp_llm.training.budget import total_steps
+from sdp_llm.training.inputs import load_inputs
+from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.training.session import train
+from tests.distributed.compare import assembled, whole
+from tests.distributed.pool import Pool
+from tests.distributed.test_checkpoint import state
+from tests.distributed.tiny import weights
+from tests.integration.conftest import STEPS, Tiny
+
+IN_EVALUATION = -1
+
+Pools = Callable[[int], Pool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank did: what it printed, the batches it read, its losses, what it holds."""
+
+    error: str
+    said: str
+    batches: list[torch.Tensor]
+    losses: list[float]
+    lrs: list[float]
+    state: Any
+    weights: dict[str, np.ndarray]
+    random: list[float]
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow larger (bytes): writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+class Watched(EngineBackend):
+    """Takes notes.
+
+    After ``stop_after`` steps, or in the first evaluation, rank 1 (or the only one) is asked to
+    stop; after the first of
+    ``full_disk`` steps it can write small files only, until after the second.
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        inputs: Any,
+        steps: int,
+        stop_after: int | None,
+        full_disk: tuple[int, int] | None,
+    ) -> None:
+        super().__init__(run, inputs, steps, self._asked)
+        self._stop_after = stop_after
+        self._in_evaluation = False
+        self._full_disk = full_disk
+        self.batches: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.lrs: list[float] = []
+        self.loaded: Any = None
+
+    def _asked(self) -> bool:
+        is_mine = self.rank == min(1, self.world_size - 1)
+        if self._stop_after == IN_EVALUATION:
+            return is_mine and self._in_evaluation
+        return is_mine and self._stop_after is not None and len(self.batches) >= self._stop_after
+
+    def evaluate(self, samples: torch.Tensor, micro_batch: int) -> Evaluation:
+        self._in_evaluation = True
+        return super().evaluate(samples, micro_batch)
+
+    def step(self, tokens: torch.Tensor) -> Step:
+        self.batches.append(tokens)
+        self.lrs.append(self.lr)
+        result = super().step(tokens)
+        self.losses.append(result.losses.item())
+        if self._full_disk is not None and self.rank == 1:
+            first, last = self._full_disk
+            limit_files(20_000 if first <= len(self.batches) < last else resource.RLIM_INFINITY)
+        return result
+
+    def load(self, path: Path) -> dict[str, Any]:
+        result = super().load(path)
+        self.loaded = state(self.engine), weights(self.engine)
+        return result
+
+
+def job(
+    config: str,
+    overrides: list[str],
+    *,
+    resume: str = "auto",
+    stop_after: int | None = None,
+    full_disk: tuple[int, int] | None = None,
+    keep_loaded: bool = False,
+) -> Outcome:
+    """Run on a rank: what ``launch/pretrain.py`` does, and what came of it."""
+    run = load_config(config, ["training.export=false", *overrides])
+    inputs = load_inputs(run, dist.get_world_size())
+    steps = total_steps(run, inputs)
+    error, backend, said = "", None, io.StringIO()
+    try:
+        with redirect_stdout(said):
+            folder = RunFolder(run, inputs.plan, dist.get_rank() == 0, resume)
+            backend = Watched(run, inputs, steps, stop_after, full_disk)
+            train(run, inputs, backend, folder, resume, steps)
+    except (ConfigError, TrainingStopped) as caught:
+        error = str(caught)
+    limit_files(resource.RLIM_INFINITY)
+    if backend is None:
+        return Outcome(error, said.getvalue(), [], [], [], None, {}, [])
+    held = (state(backend.engine), weights(backend.engine))
+    if keep_loaded:
+        held = backend.loaded
+    random = torch.rand(2).tolist()
+    notes = (backend.batches, backend.losses, backend.lrs)
+    return Outcome(error, said.getvalue(), *notes, *held, random)
+
+
+def run_on(pool: Pool, tiny: Tiny, *overrides: str, **options: Any) -> list[Outcome]:
+    """The outcomes of all ranks, which fail the test where one has an error."""
+    outcomes = pool.run(job, str(tiny.config), list(overrides), **options)
+    assert [outcome.error for outcome in outcomes] == [""] * len(outcomes)
+    return outcomes
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def same_state(found: Any, expected: Any) -> None:
+    assert found.keys() == expected.keys()
+    for kind, slices in expected.items():
+        for mine, other in zip(found[kind], slices, strict=True):
+            assert mine[:3] == other[:3]
+            np.testing.assert_array_equal(mine[3], other[3], err_msg=f"{kind} {mine[0]}")
+
+
+EXACT = {
+    "fp32": ["zero_optimization.stage=2"],
+    "bf16": ["bf16.enabled=true", "zero_optimization.stage=1"],
+    "backward": ["bf16.enabled=true", "sdp.masking=backward", "zero_optimization.stage=0"],
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_stopped_and_continued_equals_straight(
+    name: str, tiny: Tiny, pools: Pools, tmp_path: Path
+) -> None:
+    """Bit for bit: data, losses, learning rates, weights, optimizer state, random numbers."""
+    folders = [f"training.run_dir={tmp_path / part}" for part in ("straight", "parts")]
+    whole_run = run_on(pools(2), tiny, folders[0], *EXACT[name])
+    first = run_on(pools(2), tiny, folders[1], *EXACT[name], stop_after=3)
+    assert status(tmp_path / "parts")["state"] == "preempted"
+    assert status(tmp_path / "parts")["checkpoint"] == "checkpoints/step-3"
+    second = run_on(pools(2), tiny, folders[1], *EXACT[name])
+    for straight, before, after in zip(whole_run, first, second, strict=True):
+        assert len(before.batches) == 3
+        batches = torch.stack(before.batches + after.batches)
+        assert torch.equal(batches, torch.stack(straight.batches))
+        assert before.losses + after.losses == straight.losses
+        assert before.lrs + after.lrs == straight.lrs
+        assert after.random == straight.random
+        same_state(after.state, straight.state)
+        for weight, value in straight.weights.items():
+            np.testing.assert_array_equal(after.weights[weight], value, err_msg=weight)
+    measured = ("step", "loss", "validation/loss", "grad_norm", "samples", "tokens", "skipped")
+    histories = []
+    for part in ("straight", "parts"):
+        lines = [{k: e[k] for k in measured if k in e} for e in metrics(tmp_path / part)]
+        # A validation that was put off by the stop comes after that step's line.
+        histories.append(
+            sorted((x for x in lines if len(x) > 1), key=lambda x: (x["step"], len(x)))
+        )
+        assert status(tmp_path / part)["state"] == "finished"
+    assert histories[0] == histories[1]
+
+
+def test_a_stop_in_an_evaluation(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    """It is left at once on all ranks, and made up for after the restart."""
+    where = f"training.run_dir={tmp_path / 'run'}"
+    one_by_one = "training.eval_micro_batch_size=1"
+    run_on(pools(2), tiny, where, one_by_one, stop_after=IN_EVALUATION)
+    assert status(tmp_path / "run")["checkpoint"] == "checkpoints/step-3"
+    assert not [e for e in metrics(tmp_path / "run") if "validation/loss" in e]
+    run_on(pools(2), tiny, where, one_by_one)
+    assert [e["step"] for e in metrics(tmp_path / "run") if "validation/loss" in e] == [3, 6]
+
+
+OTHERS = {
+    4: ["sdp.coverage=1/4", "zero_optimization.stage=1", "gradient_accumulation_steps=1"],
+    1: ["sdp.coverage=1", "zero_optimization.stage=0", "bf16.enabled=true"],
+    2: ["sdp.masking=backward", "sdp.strategy=random", "train_micro_batch_size_per_gpu=1",
+        "gradient_accumulation_steps=auto"],
+}  # fmt: skip
+
+
+def test_the_same_folder_goes_on_elsewhere(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    """Other ranks, plan, masks, stage, dtype, micro-batch: the same bits, the next samples."""
+    where = f"training.run_dir={tmp_path / 'run'}"
+    before = run_on(pools(2), tiny, where, stop_after=2)
+    like = {n: torch.from_numpy(v) for n, v in whole([o.weights for o in before]).items()}
+    expected = {
+        kind: assembled([o.state[kind] for o in before], like)[0] for kind in before[0].state
+    }
+    run = load_config(tiny.config)
+    dataset = load_inputs(run, 2).train
+    for steps_before, (world_size, changes) in enumerate(OTHERS.items(), 2):
+        options = {"stop_after": 1, "keep_loaded": True}
+        after = run_on(pools(world_size), tiny, where, *changes, **options)
+        found = {k: assembled([o.state[k] for o in after], like)[0] for k in after[0].state}
+        if steps_before == 2:  # what was trained in between is other state
+            assert found.keys() == expected.keys()
+            for kind, tensors in expected.items():
+                for name, value in tensors.items():
+                    np.testing.assert_array_equal(found[kind][name], value, err_msg=name)
+        order = samples_at(run.training.seed, steps_before * 8, 8, len(dataset))
+        read = torch.cat([outcome.batches[0] for outcome in after]).numpy()
+        np.testing.assert_array_equal(read, dataset.batch(order))
+    assert [e["step"] for e in metrics(tmp_path / "run") if "loss" in e] == [1, 2, 3, 4, 5]
+
+
+def test_what_changes_is_said(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where = f"training.run_dir={tmp_path / 'run'}"
+    run_on(pools(2), tiny, where, stop_after=2)
+    changes = ["train_batch_size=16", "training.seed=5", "optimizer.params.lr=1e-4"]
+    first, second = run_on(pools(2), tiny, where, *changes, stop_after=1)
+    said = first.said
+    assert second.said == ""
+    assert "warning: train_batch_size = 8 before, 16 now: the data go on" in said
+    assert "warning: training.seed = 1234 before, 5 now: the order of samples changes" in said
+    assert "warning: optimizer.params.lr = 0.003 before, 0.0001 now" in said
+    assert said.count("warning: ") == 3
+    assert f"continuing from {tmp_path / 'run'}/checkpoints/step-2: step 2 of {STEPS}, 16" in said
+    entry = [e for e in metrics(tmp_path / "run") if "loss" in e][-1]
+    assert (entry["step"], entry["samples"]) == (3, 16 + 16)
+
+
+# -- where it starts ------------------------------------------------------------------------------
+
+
+def errors(pool: Pool, tiny: Tiny, *overrides: str, **options: Any) -> list[str]:
+    outcomes = pool.run(job, str(tiny.config), list(overrides), **options)
+    return [outcome.error for outcome in outcomes]
+
+
+def test_resume_none_and_paths(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    here, there = f"training.run_dir={first}", f"training.run_dir={other}"
+    run_on(pools(2), tiny, here, "training.save_interval=1", "training.keep_last=9")
+    # The end of a run is not the start of another one by accident.
+    for error in errors(pools(2), tiny, here, resume="none"):
+        assert f'training.run_dir = "{first}": holds a run already; choose another' in error
+    [outcome, _] = run_on(pools(2), tiny, here)
+    assert "finished already: raise the budget" in outcome.said
+    assert outcome.batches == []
+    # A checkpoint by its name, then the folder it was continued in.
+    step_4 = str(first / "checkpoints" / "step-4")
+    [outcome, _] = run_on(pools(2), tiny, there, resume=step_4, stop_after=1)
+    assert f"continuing from {step_4}: step 4" in outcome.said
+    assert status(other)["checkpoint"] == "checkpoints/step-5"
+    for error in errors(pools(2), tiny, there, resume=step_4):
+        assert "holds a run already" in error
+        assert "without --resume it is continued" in error
+    [outcome, _] = run_on(pools(2), tiny, there)
+    assert len(outcome.batches) == 1
+    # Back to an earlier one of the same folder: what came after it is out of the way.
+    step_2 = str(first / "checkpoints" / "step-2")
+    [outcome, _] = run_on(pools(2), tiny, here, resume=step_2, stop_after=1)
+    assert "metrics.jsonl: " in outcome.said
+    assert [e["step"] for e in metrics(first) if "loss" in e] == [1, 2, 3]
+    names = {path.name for path in (first / "checkpoints").iterdir()}
+    aside = {f"step-{n}.set-aside" for n in (3, 4, 5, 6)}
+    assert names == {"step-2", "step-3", "latest"} | aside
+    fresh = f"training.run_dir={tmp_path / 'fresh'}"
+    for error in errors(pools(2), tiny, fresh, resume=str(tmp_path / "nowhere")):
+        assert f"--resume {tmp_path / 'nowhere'}: no checkpoint there" in error
+
+
+def test_another_model_is_an_error(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where = f"training.run_dir={tmp_path / 'run'}"
+    run_on(pools(2), tiny, where, stop_after=1)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    content = json.loads(tiny.model.read_text())
+    # The same shapes, but another function of them.
+    (tmp_path / "other.json").write_text(json.dumps(content | {"rms_norm_eps": 1e-3}))
+    for error in errors(pools(2), tiny, where, f"model.config={tmp_path / 'other.json'}"):
+        assert "the model has rms_norm_eps = 1e-06 there and 0.001 here" in error
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_starts_again(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where = f"training.run_dir={tmp_path / 'run'}"
+    never = ["training.save_interval=0"]
+    run_on(pools(2), tiny, where, *never, stop_after=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run_on(pools(2), tiny, where, *never)
+    assert [e["step"] for e in metrics(tmp_path / "run") if "loss" in e] == [*range(1, STEPS + 1)]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    for error in errors(pools(2), tiny, where, *never):  # it has finished
+        assert "holds a run already" in error
+
+
+# -- what is damaged ------------------------------------------------------------------------------
+
+
+def _flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped bit": lambda folder: _flip(folder / "rank-00001.safetensors", -999),
+    "truncated shard": lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"x" * 50),
+    "missing shard": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+    "flipped bit of the state": lambda folder: _flip(folder / "state.json", 30),
+    "flipped bit of the manifest": lambda folder: _flip(folder / "manifest.json", 200),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_skipped(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    sound = tmp_path / "sound"
+    interval = "training.save_interval=2"
+    run_on(pools(2), tiny, f"training.run_dir={sound}", interval, stop_after=4)
+    for number, damage in enumerate(DAMAGES.values()):
+        folder = tmp_path / str(number)
+        shutil.copytree(sound, folder)
+        checkpoints = folder / "checkpoints"
+        damage(checkpoints / "step-4")
+        (checkpoints / ".step-6.partial").mkdir()
+        (checkpoints / ".latest.99.partial").touch()
+        where = f"training.run_dir={folder}"
+        [outcome, _] = run_on(pools(2), tiny, where, interval, stop_after=1)
+        assert "skipped step-4: rank " in outcome.said
+        assert f"continuing from {checkpoints / 'step-2'}: step 2" in outcome.said
+        assert {p.name for p in checkpoints.iterdir()} == {
+            "step-2", "step-3", "step-4.set-aside", "latest"
+        }  # fmt: skip
+        assert (checkpoints / "latest").read_text() == "step-3"
+        for name in ("step-2", "step-3"):
+            _flip(checkpoints / name / "rank-00000.safetensors", -999)
+        for error in errors(pools(2), tiny, where, interval):
+            assert f"{folder}: no checkpoint is whole: skipped step-3: " in error
+            assert "skipped step-2: " in error
+
+
+def test_a_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    """The run goes on, says so, leaves nothing half written, and saves again when it can."""
+    where, often = f"training.run_dir={tmp_path / 'run'}", "training.save_interval=1"
+    [outcome, _] = run_on(pools(2), tiny, where, often, full_disk=(3, 5))
+    assert outcome.said.count("warning: step 3: no checkpoint: rank 1: cannot write: ") == 1
+    assert "File too large" in outcome.said
+    entry = status(tmp_path / "run")
+    assert (entry["state"], entry["checkpoint"]) == ("finished", "checkpoints/step-6")
+    assert entry["warning"].startswith("step 4: rank 1: cannot write")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-5", "step-6", "latest"}
+
+
+def test_a_stop_that_cannot_save_is_an_error(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where, often = f"training.run_dir={tmp_path / 'run'}", "training.save_interval=2"
+    options = {"full_disk": (3, 9), "stop_after": 3}
+    for error in errors(pools(2), tiny, where, often, **options):
+        assert error.startswith("step 3: asked to stop, but cannot save: rank 1: cannot write: ")
+    entry = status(tmp_path / "run")
+    assert entry["state"] == "failed"
+    assert "asked to stop, but cannot save" in entry["reason"]
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-2", "latest"}
+    [outcome, _] = run_on(pools(2), tiny, where, often)
+    assert "checkpoints/step-2: step 2" in outcome.said
+    assert status(tmp_path / "run")["state"] == "finished"

@@ -1,0 +1,135 @@
+"""The files of a checkpoint: written in pieces, read by safetensors, covering all exactly once."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdp_llm.checkpoint.coverage import coverage_error, stored_ranges, tensor_key
+from sdp_llm.checkpoint.stream import read_header, write_tensors
+from sdp_llm.checkpoint.together import write_together, written
+from sdp_llm.errors import ConfigError
+
+PARAMETERS = {"a": [2, 3], "b": [4]}
+
+
+def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
+    whole = torch.arange(12.0)
+    tensors = {
+        "view": whole[3:9],
+        "matrix": torch.randn(3, 5, dtype=torch.bfloat16),
+        "transposed": torch.randn(2, 7).t(),
+        "scalar": torch.tensor(7.0),
+        "counter": torch.arange(3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+    file = write_tensors(tmp_path / "x.safetensors", list(tensors.items()))
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert (file.name, file.size) == ("x.safetensors", len(content))
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() == read_header(tmp_path / "x.safetensors").keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_writing_takes_no_memory_of_its_own(tmp_path: Path) -> None:
+    """Not even of one tensor where it lies on the CPU in one piece."""
+    whole = torch.zeros(4_000_000)
+    tracemalloc.start()
+    before = _resident()
+    write_tensors(tmp_path / "x.safetensors", [(str(i), whole[i::1]) for i in range(8)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert _resident() - before < 4_000_000
+
+
+def _resident() -> int:
+    """Bytes that this process had at most."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keys(*ranges: tuple[str, str, int, int]) -> list[tuple[str, str]]:
+    return [(f"file{i}", tensor_key(*parts)) for i, parts in enumerate(ranges)]
+
+
+MASTERS = [("master", "a", 0, 6), ("master", "b", 0, 3), ("master", "b", 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ([], None),
+        ([("rng", "0", 0, 99), ("cuda_rng", "0", 0, 16)], None),
+        ([("m", "a", 3, 6), ("m", "b", 0, 4), ("m", "a", 0, 3)], None),
+        ([("m", "a", 4, 6), ("m", "b", 0, 4)], "m of a: elements 0 to 4 of 6 are missing"),
+        ([("m", "a", 0, 6)], "m of b: elements 0 to 4 of 4 are missing"),
+        (
+            [("m", "a", 0, 2), ("m", "a", 3, 6), ("m", "b", 0, 4)],
+            "m of a: elements 2 to 3 of 6 are missing",
+        ),
+        (
+            [("m", "a", 0, 4), ("m", "a", 2, 6), ("m", "b", 0, 4)],
+            "m of a: elements 2 to 4 are stored twice (file4)",
+        ),
+        ([("master", "b", 0, 4)], "master of b: elements 0 to 3 are stored twice"),
+        ([("master", "c", 0, 4)], "master of c: not a parameter of the model"),
+        ([("m", "a", 0, 7), ("m", "b", 0, 4)], "m of a: stored up to element 7, but it has 6"),
+    ],
+)
+def test_what_is_missing_or_doubled(
+    extra: list[tuple[str, str, int, int]], problem: str | None
+) -> None:
+    found = coverage_error(stored_ranges(keys(*MASTERS, *extra)), PARAMETERS)
+    if problem is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith(problem)
+
+
+def test_problems_are_counted() -> None:
+    found = coverage_error(stored_ranges(keys(*MASTERS[1:2])), PARAMETERS)
+    assert found == "master of a: elements 0 to 6 of 6 are missing (and 1 more of this kind)"
+
+
+def write(text: str, folder: Path) -> None:
+    def files(partial: Path) -> list:  # type: ignore[type-arg]
+        (partial / "x").write_text(text)
+        return [written(partial / "x")]
+
+    write_together(folder, files, lambda partial, files: None)
+
+
+def test_a_folder_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file system cannot swap two names."""
+    folder = tmp_path / "folder"
+    for text, can_swap in (("one", True), ("two", True), ("three", False)):
+        if not can_swap:
+            monkeypatch.setattr("sdp_llm.checkpoint.together._exchange", lambda *_: False)
+        write(text, folder)
+        assert (folder / "x").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_fails_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    write("old", tmp_path / "folder")
+
+    def fail(partial: Path) -> list:  # type: ignore[type-arg]
+        (partial / "x").write_text("new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"rank 0: cannot write: .*No space left on device"):
+        write_together(tmp_path / "folder", fail, lambda partial, files: None)
+    assert (tmp_path / "folder" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
