@@ -66,7 +66,8 @@ def initialize(
 
     :param model: a HuggingFace config of a decoder-only model, of which each rank builds its
         subnetwork alone; or a model, of which each rank keeps its subnetwork.
-    :param config: a run config, its ``model``, ``data`` and ``training`` sections optional.
+    :param config: a run config, its ``model``, ``data`` and ``training`` sections optional. Where
+        ``model.init_from`` names a checkpoint, a rank reads its subnetwork's weights from it.
     :param optimizer: makes an element-wise optimizer from parameter groups, instead of the
         config's ``optimizer``.
     :param lr_scheduler: makes a scheduler from an optimizer, instead of the config's.

@@ -22,6 +22,7 @@ from sdp_llm.plan import Plan
 from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.pretrained import open_pretrained
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Simulation:
     """One whole model that n workers train in turn, each through its own mask.
 
     :param optimizer: makes a torch optimizer from parameter groups (with and without decay).
+    :param init_from: a HuggingFace checkpoint with the initial weights, instead of ``seed``.
     :param dtype: of the weights; masters and gradients are fp32.
     :param max_norm: clip the global gradient norm to this (0: never).
     :param eos_id: the id that ends every document: then documents do not see each other.
@@ -54,6 +56,7 @@ class Simulation:
         *,
         masking: str = "forward",
         seed: int = 0,
+        init_from: str | None = None,
         max_norm: float = 0.0,
         decay_all: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -69,8 +72,12 @@ class Simulation:
         self.model.config.use_cache = False
         self.layout = model_layout(self.model)
         self.masters: dict[str, nn.Parameter] = {}
+        pretrained = None if init_from is None else open_pretrained(init_from, self.model)
         for unit in self.layout.units:
-            values = initialize_unit(self.model, unit.parameters, self.layout.aliases, seed)
+            if pretrained is None:
+                values = initialize_unit(self.model, unit.parameters, self.layout.aliases, seed)
+            else:
+                values = {spec.name: pretrained.read(spec.name) for spec in unit.parameters}
             self.masters |= {name: nn.Parameter(v.to(device)) for name, v in values.items()}
         weights = {name: master.detach().to(dtype) for name, master in self.masters.items()}
         bind(self.model, weights, self.layout.aliases)

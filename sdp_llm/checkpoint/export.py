@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from sdp_llm.checkpoint.stream import read_header
 from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together, written
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
+from sdp_llm.subnetwork.adapter import ModelLayout
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,15 +71,34 @@ def export_pretrained(
         return files
 
     def finish(partial: Path, files: list[WrittenFile]) -> None:
-        config = type(subnetwork.config).from_dict(subnetwork.config.to_dict())
-        config.architectures = [type(subnetwork.model).__name__]
-        config.dtype = sharded.units[0].flat.dtype
-        config.save_pretrained(partial)
-        GenerationConfig.from_model_config(config).save_pretrained(partial)
-        _write_index(partial, files)
+        describe_model(partial, subnetwork.config, subnetwork.model, sharded.units[0].flat.dtype)
+        write_index(partial, files)
         copy_tokenizer(tokenizer, partial)
 
     write_together(Path(folder), write, finish)
+
+
+def describe_model(
+    folder: Path, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
+) -> None:
+    """Write ``config.json`` and ``generation_config.json`` of weights of type ``dtype``.
+
+    :param config: of ``model`` as the user gave it, without what training changed.
+    """
+    config = type(config).from_dict(config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def written_aliases(layout: ModelLayout, config: PretrainedConfig) -> dict[str, str]:
+    """The further names under which tied parameters are written too, with their own name.
+
+    ``from_pretrained`` ties again where the config says so; else it wants both names.
+    """
+    is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return {} if is_tied else layout.aliases
 
 
 def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
@@ -107,14 +127,13 @@ def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
     layout = subnetwork.layout
     chosen = writers([(subnetwork.owners(unit), unit.numel) for unit in layout.units])
     by_name = {unit.layout.name: unit for unit in sharded.units}
-    is_tied = bool(getattr(subnetwork.config.get_text_config(), "tie_word_embeddings", False))
+    aliases = written_aliases(layout, subnetwork.config)
     for unit, writer in zip(layout.units, chosen, strict=True):
         if writer != subnetwork.rank:
             continue
         yield from _unit_tensors(by_name[unit.name])
-        for alias, name in layout.aliases.items():
-            # from_pretrained ties again where the config says so; else it wants both names.
-            if not is_tied and any(spec.name == name for spec in unit.parameters):
+        for alias, name in aliases.items():
+            if any(spec.name == name for spec in unit.parameters):
                 yield alias, by_name[unit.name].views()[name].cpu().clone()
     yield from _persistent_buffers(sharded)
 
@@ -141,11 +160,12 @@ def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, value.detach().cpu().clone()
 
 
-def _write_index(partial: Path, files: list[WrittenFile]) -> None:
+def write_index(partial: Path, files: list[WrittenFile]) -> None:
+    """Write which file has which tensor, from the headers of the files."""
     weight_map: dict[str, str] = {}
     total = 0
     for file in sorted(files, key=lambda file: file.name):
-        for name, entry in _header(partial / file.name).items():
+        for name, entry in read_header(partial / file.name).items():
             weight_map[name] = file.name
             begin, end = entry["data_offsets"]
             total += end - begin
@@ -153,11 +173,3 @@ def _write_index(partial: Path, files: list[WrittenFile]) -> None:
         partial / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: 8 bytes of length, then JSON, then the data."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header

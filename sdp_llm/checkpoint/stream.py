@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +28,74 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that a file is going to have."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> WrittenFile:
     """Write tensors as ``safetensors.torch.save_file`` would, flush them, and describe the file.
 
     safetensors' own function makes a copy of everything first. Here one tensor at a time comes to
     the host, and its bytes are hashed while they are written. Views of larger tensors are fine.
     """
-    header: dict[str, Any] = {}
+    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
+    return write_stream(path, entries, (tensor for _, tensor in tensors))
+
+
+def write_stream(
+    path: Path,
+    entries: Sequence[Entry],
+    contents: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> WrittenFile:
+    """Write a safetensors file whose tensors come one after the other, in parts or whole.
+
+    :param contents: the elements of ``entries``, in their order and types.
+    :param metadata: of the file, such as the framework that its tensors are for.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for key, tensor in tensors:
-        end = offset + tensor.nbytes
-        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[key] = entry | {"data_offsets": [offset, end]}
+    for entry in entries:
+        end = offset + entry.nbytes
+        description = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape)}
+        header[entry.key] = description | {"data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
     digest = hashlib.sha256()
     with path.open("wb") as file:
         start = len(text).to_bytes(8, "little") + text
-        for content in chain([start], (_bytes(tensor) for _, tensor in tensors)):
+        for content in chain([start], map(_bytes, contents)):
             digest.update(content)
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def read_part(path: Path, key: str, start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of a flattened tensor, 1-D, read into memory of their own.
+
+    safetensors itself maps the file, and every page that was read counts as this process's memory
+    until the file is closed.
+    """
+    entry = read_header(path)[key]
+    dtype = next(dtype for dtype, name in _DTYPES.items() if name == entry["dtype"])
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little") + entry["data_offsets"][0]
+        file.seek(data + start * dtype.itemsize)
+        content = bytearray((stop - start) * dtype.itemsize)
+        file.readinto(content)
+    return torch.frombuffer(content, dtype=dtype)
 
 
 def read_header(path: Path) -> dict[str, Any]:

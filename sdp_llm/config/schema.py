@@ -103,13 +103,34 @@ class SDPConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to pretrain."""
+    """The model to pretrain. ``config`` is that of ``init_from`` where only the latter is given."""
 
-    config: str = key(STRING, "path of a HuggingFace config.json, or of a folder that has one")
+    config: str = key(
+        STRING,
+        "path of a HuggingFace config.json, or of a folder that has one",
+        "",
+        shown="that of init_from",
+    )
+    init_from: str | None = key(
+        STRING,
+        "HuggingFace checkpoint to start from, instead of random weights: a folder, or a name in "
+        "the hub's local cache",
+        None,
+    )
     gradient_checkpointing: bool = key(BOOLEAN, "recompute activations in the backward pass", False)
     attn_implementation: str = key(
         STRING, 'attention kernel of transformers, such as "eager" or "flash_attention_2"', "sdpa"
     )
+
+    def __post_init__(self) -> None:
+        if self.config:
+            return
+        if self.init_from is None:
+            raise ConfigError(
+                "model.config: missing; name a HuggingFace config.json such as "
+                "configs/model/llama_10m.json, or a checkpoint to start from as model.init_from"
+            )
+        object.__setattr__(self, "config", self.init_from)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -9,11 +10,16 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig
+from sdp_llm.errors import ConfigError
 from sdp_llm.plan import plan_from_config
 from sdp_llm.sharding.groups import check_agreement
 from sdp_llm.sharding.materialize import ShardedModel, materialize
+from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.build import build_subnetwork
+from sdp_llm.subnetwork.pretrained import PretrainedWeights, open_pretrained
+from sdp_llm.subnetwork.stored import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,8 +30,8 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
     """Plan, build and materialise this rank's subnetwork. Collective over the world.
 
     :param source: see :func:`sdp_llm.subnetwork.build.build_subnetwork`.
-    :raises ConfigError: when the plan is impossible or differs between ranks, or the model has no
-        single list of blocks.
+    :raises ConfigError: when the plan is impossible or differs between ranks, the model has no
+        single list of blocks, or ``model.init_from`` is not a checkpoint of it.
     """
     config = source.config if isinstance(source, PreTrainedModel) else source
     depth = config.get_text_config().num_hidden_layers
@@ -42,6 +48,7 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
         attn_implementation=run.model.attn_implementation if run.model else None,
         gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
+        pretrained=_pretrained(source, run),
     )
     return materialize(
         subnetwork,
@@ -52,3 +59,31 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
         device=device,
         timeout=timeout,
     )
+
+
+def _pretrained(source: Source, run: RunConfig) -> PretrainedWeights | None:
+    """The checkpoint to start from, the same on every rank; every rank raises if one cannot."""
+    if run.model is None or run.model.init_from is None:
+        return None
+    if isinstance(source, PreTrainedModel):
+        raise ConfigError(
+            f"{named(run.model.init_from)}: the model that was passed has weights already; pass "
+            "its config, or remove the key"
+        )
+    opened: list[PretrainedWeights] = []
+
+    def open_it() -> str:
+        assert run.model is not None
+        assert run.model.init_from is not None
+        # Building a model changes its config.
+        model = empty_model(copy.deepcopy(source), run.model.attn_implementation)
+        opened.append(open_pretrained(run.model.init_from, model))
+        # Every rank owns these, so that it reads nothing that it does not own.
+        shared = [unit for unit in model_layout(model).units if unit.block is None]
+        return opened[0].fingerprint(spec.name for unit in shared for spec in unit.parameters)
+
+    fingerprints = agree(open_it)
+    check_agreement(
+        f"the checkpoint of {named(run.model.init_from)}", fingerprints[dist.get_rank()]
+    )
+    return opened[0]

@@ -46,8 +46,9 @@ def materialize(
 
     Collective over the world. Peak memory: the units, and the fp32 values of one more.
 
-    :param seed: of the initial values; unused where the caller gave a model with values, of
-        which then those of the lowest rank that holds them count.
+    :param seed: of the initial values; unused where they are read from a checkpoint, or where the
+        caller gave a model with values, of which then those of the lowest rank that holds them
+        count.
     :param timeout: of the owner sets' process groups.
     """
     groups = create_owner_groups(subnetwork.plan, timeout)

@@ -20,6 +20,7 @@ from sdp_llm.subnetwork.adapter import (
 )
 from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.pretrained import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Subnetwork:
     ``model`` holds what this rank runs, on the meta device. ``absent`` holds the blocks it skips,
     by global index, also on the meta device: structure only, for whole-model evaluation.
     ``given`` holds the values of a model that the caller had built, by global name, until
-    :func:`initial_values` hands them over.
+    :func:`initial_values` hands them over; ``pretrained`` knows where a checkpoint stores them.
     ``config`` is the model's config as the caller gave it, for the export.
     """
 
@@ -41,6 +42,7 @@ class Subnetwork:
     masking: str
     absent: dict[int, nn.Module]
     given: dict[str, Tensor] | None
+    pretrained: PretrainedWeights | None
 
     def owners(self, unit: UnitLayout) -> tuple[int, ...]:
         """The ranks that train ``unit``, ascending."""
@@ -62,12 +64,14 @@ def build_subnetwork(
     max_unit_numel: int | None = None,
     attn_implementation: str | None = "sdpa",
     gradient_checkpointing: bool = False,
+    pretrained: PretrainedWeights | None = None,
 ) -> Subnetwork:
     """The structure of ``rank``'s subnetwork of the model that ``source`` describes.
 
     :param source: a config, from which nothing but the structure is built, or a model whose
         values are kept in :attr:`Subnetwork.given` and whose modules are taken over.
     :param max_unit_numel: units with more elements are split (``reduce_bucket_size``).
+    :param pretrained: where to read the initial values of a config's model.
     :raises ConfigError: when the model has no single list of blocks, or a frozen parameter.
     """
     given = None
@@ -93,7 +97,7 @@ def build_subnetwork(
         absent = skip_blocks(blocks, owned)
     else:
         freeze_blocks(blocks, owned)
-    return Subnetwork(model, config, layout, plan, rank, masking, absent, given)
+    return Subnetwork(model, config, layout, plan, rank, masking, absent, given, pretrained)
 
 
 def _check_trainable(model: PreTrainedModel) -> None:
@@ -122,5 +126,7 @@ def initial_values(
         specs = [spec for unit in pieces for spec in unit.parameters]
         if subnetwork.given is not None:
             yield pieces, {s.name: subnetwork.given.pop(s.name).float().cpu() for s in specs}
-            continue
-        yield pieces, initialize_unit(model, specs, aliases, seed)
+        elif subnetwork.pretrained is not None:
+            yield pieces, {s.name: subnetwork.pretrained.read(s.name) for s in specs}
+        else:
+            yield pieces, initialize_unit(model, specs, aliases, seed)

@@ -20,6 +20,7 @@ from sdp_llm.plan.size import BlockSize, ModelSize, UnitSize
 from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.stored import local_folder
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class SavedBytes:
 
 
 def load_model_config(path: str | Path) -> PretrainedConfig:
-    """Read ``model.config``: a HuggingFace config.json, or a folder that has one.
+    """Read ``model.config``: a HuggingFace config.json, a folder or a cached model that has one.
 
     :raises ConfigError: when there is no such file, or transformers cannot read it. The hub is
         never asked.
     """
     file = Path(path)
+    if not file.exists():
+        file = local_folder(str(path)) or file
     if not (file.is_file() or (file / "config.json").is_file()):
         raise ConfigError(
             f"model.config = {str(path)!r}: no such file, nor a folder with a config.json; "

@@ -159,6 +159,7 @@ class SimulationBackend:
             lambda groups: build_optimizer(run, groups),
             masking=run.sdp.masking,
             seed=run.training.seed,
+            init_from=run.model.init_from,
             max_norm=run.gradient_clipping,
             decay_all=run.training.decay_all,
             dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,

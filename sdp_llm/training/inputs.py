@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_b
 from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, plan_from_config
+from sdp_llm.subnetwork.adapter import empty_model
 from sdp_llm.subnetwork.measure import load_model_config
+from sdp_llm.subnetwork.pretrained import open_pretrained
 from sdp_llm.training.corpora import (
     blend,
     check_ids,
@@ -53,6 +56,10 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     model = load_model_config(run.model.config)
     text = model.get_text_config()
     plan = plan_from_config(run.sdp, world_size, text.num_hidden_layers)
+    if run.model.init_from is not None:
+        # Building a model changes its config.
+        whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
+        open_pretrained(run.model.init_from, whole)
     length = run.data.sequence_length
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:

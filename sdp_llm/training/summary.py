@@ -38,6 +38,8 @@ def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
         f"{steps * batch * inputs.train.sequence_length:,} tokens",
         f"run folder  {run.training.run_dir}",
     ]
+    if run.model.init_from is not None:
+        lines.append(f"start       weights of {run.model.init_from}")
     ignored = keys_without_effect(run)
     if ignored:
         lines.append(f"no effect   {', '.join(ignored)}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sdp_llm.config import load_config
 from sdp_llm.data import IndexedDatasetWriter
@@ -204,6 +206,21 @@ WRONG = [
         ("model.config = '{folder}/foreign.json'", "`llamma`", "version of Transformers"),
     ),
     Wrong(
+        "missing checkpoint to start from",
+        ("model.init_from={folder}/none",),
+        ('model.init_from = "{folder}/none"', "no such folder", "hf download"),
+    ),
+    Wrong(
+        "neither a model config nor a checkpoint",
+        ("model.config=null",),
+        ("model.config: missing", "name a HuggingFace config.json", "model.init_from"),
+    ),
+    Wrong(
+        "checkpoint of another model",
+        ("model.init_from={folder}/other",),
+        ('model.init_from = "{folder}/other"', "is missing (", "set model.config to"),
+    ),
+    Wrong(
         "a run in run_dir",
         ("training.run_dir={folder}/held",),
         ('training.run_dir = "{folder}/held"', "holds a run already", "choose another folder"),
@@ -290,6 +307,8 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "high", 1000, largest=400)
     write_corpus(folder / "damaged", 1000, largest=299)
     (folder / "damaged.bin").write_bytes(b"cut")
+    (folder / "other").mkdir()
+    save_file({"lm_head.weight": torch.zeros(2)}, folder / "other" / "model.safetensors")
     (folder / "file").write_text("")
     (folder / "held").mkdir()
     (folder / "held" / "metrics.jsonl").touch()

@@ -1,0 +1,31 @@
+"""Say what a checkpoint holds, and whether it is what was saved: status 0 if so, 1 if not.
+
+python launch/inspect_checkpoint.py runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Parse, read, print."""
+    from sdp_llm.checkpoint.find import find_checkpoint
+    from sdp_llm.checkpoint.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(find_checkpoint(Path(arguments.checkpoint)))
+    print(found.report)
+    for problem in found.problems:
+        print(f"inspect_checkpoint: error: {problem}", file=sys.stderr)
+    return 1 if found.problems else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "checkpoint",
+        help="a checkpoint, or a run folder or folder of checkpoints, whose latest one is read",
+    )
+    sys.exit(main(parser.parse_args()))
