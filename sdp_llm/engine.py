@@ -22,9 +22,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from sdp_llm.checkpoint.background import BackgroundSave, Snapshot
 from sdp_llm.checkpoint.export import export_pretrained
 from sdp_llm.checkpoint.load import load_checkpoint
-from sdp_llm.checkpoint.save import save_checkpoint
+from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
 from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
@@ -118,6 +119,7 @@ class SDPEngine(DeepSpeedEngine):
         total_num_steps: int | None,
     ) -> None:
         self.run = run
+        self._snapshot = Snapshot()
         timeout = timedelta(minutes=run.training.timeout_minutes)
         init_distributed(timeout)
         generated = deepspeed_dict(run, dist.get_world_size(), total_num_steps)
@@ -260,6 +262,35 @@ class SDPEngine(DeepSpeedEngine):
         :param client_state: handed back by :meth:`load_checkpoint`; JSON only.
         :param exclude_frozen_parameters: without effect: a frozen block is saved by its owners.
         """
+        writing = self._checkpoint(Path(save_dir), tag, client_state, save_latest)
+        writing.begin()
+        tensors = list(own_ranges(self.sharded, self.basic_optimizer))
+        writing.finish(lambda: writing.write(tensors))
+        return True
+
+    def save_checkpoint_in_background(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> BackgroundSave:
+        """Copy the training state to host memory and start to write it. Collective.
+
+        Call ``finish()`` on all ranks together before the next one; only then the checkpoint is
+        there. :meth:`save_checkpoint` says the rest.
+        """
+        writing = self._checkpoint(Path(save_dir), tag, client_state, True)
+        writing.begin()
+        tensors = own_ranges(self.sharded, self.basic_optimizer)
+        return BackgroundSave(writing, self._snapshot.take(tensors))
+
+    def _checkpoint(
+        self,
+        folder: Path,
+        tag: str | None,
+        client_state: Mapping[str, Any] | None,
+        save_latest: bool,
+    ) -> CheckpointWriting:
         scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
         group_options = [
             {name: value for name, value in group.items() if name != "params"}
@@ -277,15 +308,7 @@ class SDPEngine(DeepSpeedEngine):
             "versions": versions(),
         }
         name = tag or f"global_step{self.global_steps}"
-        save_checkpoint(
-            self.sharded,
-            self.basic_optimizer,
-            Path(save_dir),
-            name,
-            state,
-            save_latest=save_latest,
-        )
-        return True
+        return CheckpointWriting(self.sharded, folder, name, state, save_latest=save_latest)
 
     def load_checkpoint(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from sdp_llm.checkpoint.coverage import (
 )
 from sdp_llm.checkpoint.stream import read_header, write_tensors
 from sdp_llm.checkpoint.together import (
+    SharedFolder,
     WrittenFile,
     agree,
     replace_text,
     write_json,
-    write_together,
 )
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
@@ -42,46 +42,76 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(
-    sharded: ShardedModel,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    tag: str,
-    state: dict[str, Any],
-    *,
-    save_latest: bool = True,
-) -> None:
-    """Write ``folder/tag``, which appears complete or not at all, then ``folder/latest``.
+class CheckpointWriting:
+    """A checkpoint on its way to ``folder/tag``, which appears complete or not at all.
 
-    Collective over the world. Each owner writes the fp32 masters and the optimizer state of its
-    shard, tensor by tensor; together they cover every parameter once, which is checked, and lets
-    another number of ranks or another plan read it.
+    Each owner writes the fp32 masters and the optimizer state of its shard, tensor by tensor;
+    together they cover every parameter once, which is checked, and lets another number of ranks or
+    another plan read it. :meth:`begin`, :meth:`write` and :meth:`finish` come in this order.
 
     :param state: what else is needed to go on, JSON only; rank 0's is written.
-    :raises ConfigError: on every rank, when one cannot write; or when ``state`` is not JSON. What
-        was saved before is then as it was, and what was written is gone.
+    :param save_latest: whether ``folder/latest`` names it in the end.
     """
-    rank = sharded.subnetwork.rank
 
-    def check() -> None:
-        try:
-            json.dumps(state)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"client_state: {error}; checkpoints hold JSON and tensors only: use plain values"
-            ) from error
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        folder: Path,
+        tag: str,
+        state: dict[str, Any],
+        *,
+        save_latest: bool = True,
+    ) -> None:
+        self._sharded = sharded
+        self._folder = folder
+        self._tag = tag
+        self._state = state
+        self._save_latest = save_latest
+        self._shared = SharedFolder(folder / tag)
 
-    def write(partial: Path) -> list[WrittenFile]:
-        path = partial / f"rank-{rank:05d}.safetensors"
-        return [write_tensors(path, list(_own_ranges(sharded, optimizer)))]
+    def begin(self) -> None:
+        """Check the state and make place. Collective over the world.
 
-    def finish(partial: Path, files: list[WrittenFile]) -> None:
-        parameters = {s.name: list(s.shape) for s in sharded.subnetwork.layout.parameters}
+        :raises ConfigError: on every rank, when ``state`` is not JSON or one cannot write.
+        """
+
+        def check() -> None:
+            try:
+                json.dumps(self._state)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"client_state: {error}; checkpoints hold JSON and tensors only: use plain "
+                    "values"
+                ) from error
+
+        agree(check)
+        self._shared.prepare()
+
+    def write(self, tensors: Sequence[tuple[str, Tensor]]) -> list[WrittenFile]:
+        """Write this rank's tensors, in any thread; :func:`own_ranges` or a copy of them."""
+        path = self._shared.partial / f"rank-{self._sharded.subnetwork.rank:05d}.safetensors"
+        return [write_tensors(path, tensors)]
+
+    def finish(self, write: Callable[[], list[WrittenFile]]) -> None:
+        """Check that all is there and give it its name. Collective over the world.
+
+        :param write: what :meth:`write` did or does.
+        :raises ConfigError: on every rank, when one could not write. What was saved before is then
+            as it was, and what was written is gone.
+        """
+        self._shared.complete(write, self._describe)
+        # Together: no rank goes on, and perhaps loads, before ``latest`` is there.
+        agree(self._name_latest)
+
+    def _describe(self, partial: Path, files: list[WrittenFile]) -> None:
+        parameters = {s.name: list(s.shape) for s in self._sharded.subnetwork.layout.parameters}
         keys = ((file.name, key) for file in files for key in read_header(partial / file.name))
         problem = coverage_error(stored_ranges(keys), parameters)
         if problem is not None:
-            raise ConfigError(f"{folder / tag}: {problem}; not saved, as it could not be loaded")
-        files = [*files, write_json(partial / STATE, state)]
+            raise ConfigError(
+                f"{self._folder / self._tag}: {problem}; not saved, as it could not be loaded"
+            )
+        files = [*files, write_json(partial / STATE, self._state)]
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": {f.name: {"bytes": f.size, "sha256": f.sha256} for f in files},
@@ -89,17 +119,12 @@ def save_checkpoint(
         }
         write_json(partial / MANIFEST, manifest | {"sha256": seal(manifest)})
 
-    def name_latest() -> None:
-        if save_latest and rank == 0:
-            replace_text(folder / LATEST, tag)
-
-    agree(check)
-    write_together(folder / tag, write, finish)
-    # Together: no rank goes on, and perhaps loads, before ``latest`` is there.
-    agree(name_latest)
+    def _name_latest(self) -> None:
+        if self._save_latest and self._sharded.subnetwork.rank == 0:
+            replace_text(self._folder / LATEST, self._tag)
 
 
-def _own_ranges(
+def own_ranges(
     sharded: ShardedModel, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """Views of what this rank writes: nothing is copied yet."""

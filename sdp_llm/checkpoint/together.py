@@ -101,47 +101,79 @@ def agree(step: Callable[[], Any]) -> list[Any]:
     return [value for value, _ in outcomes]
 
 
+class SharedFolder:
+    """A folder that every rank writes into, on a shared file system.
+
+    Collective over the world (or alone, without torch.distributed). The files go to a hidden
+    folder beside it, ``partial``, that takes the final name last; an existing one is replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self._folder = folder
+        self._is_first = not dist.is_initialized() or dist.get_rank() == 0
+
+    def prepare(self) -> None:
+        """Make the hidden folder, empty. Collective.
+
+        :raises ConfigError: on every rank, when that fails.
+        """
+
+        def make() -> None:
+            if self._is_first:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+
+        self._agree(make)
+
+    def complete(
+        self,
+        write: Callable[[], list[WrittenFile]],
+        finish: Callable[[Path, list[WrittenFile]], None],
+    ) -> None:
+        """Write, and give the folder its name. Collective.
+
+        :param write: called on every rank, writes this rank's files and describes them.
+        :param finish: called on rank 0 with the files of all, writes what describes the whole.
+        :raises ConfigError: on every rank, when one of them could not write; nothing is left.
+        """
+        files = [file for part in self._agree(write) for file in part]
+
+        def give_name() -> None:
+            if not self._is_first:
+                return
+            for file in files:
+                if not (self.partial / file.name).exists():
+                    path = self.partial / file.name
+                    raise OSError(f"{path} is not there: not a shared file system")
+            finish(self.partial, files)
+            sync_folder(self.partial)
+            _move_into_place(self.partial, self._folder)
+
+        self._agree(give_name)
+
+    def _agree(self, step: Callable[[], Any]) -> list[Any]:
+        try:
+            return agree(step)
+        except ConfigError:
+            # All ranks are here: nobody writes any more.
+            if self._is_first:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
+
 def write_together(
     folder: Path,
     write: Callable[[Path], list[WrittenFile]],
     finish: Callable[[Path, list[WrittenFile]], None],
 ) -> None:
-    """Let every rank write its files into ``folder``, which must be on a shared file system.
+    """Let every rank write its files into ``folder``; see :class:`SharedFolder`.
 
-    Collective over the world (or alone, without torch.distributed). The files go to a hidden
-    folder beside it that takes the final name last; an existing ``folder`` is replaced.
-
-    :param write: called on every rank, writes this rank's files and describes them.
-    :param finish: called on rank 0 with the files of all ranks, writes what describes the whole.
     :raises ConfigError: on every rank, when one of them could not write.
     """
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    partial = folder.with_name(f".{folder.name}.partial")
-
-    def prepare() -> None:
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def complete() -> None:
-        if not is_first:
-            return
-        for file in files:
-            if not (partial / file.name).exists():
-                raise OSError(f"{partial / file.name} is not there: not a shared file system")
-        finish(partial, files)
-        sync_folder(partial)
-        _move_into_place(partial, folder)
-
-    try:
-        agree(prepare)
-        files = [file for part in agree(lambda: write(partial)) for file in part]
-        agree(complete)
-    except ConfigError:
-        # All ranks are here: nobody writes any more.
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    shared = SharedFolder(folder)
+    shared.prepare()
+    shared.complete(lambda: write(shared.partial), finish)
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

@@ -183,6 +183,9 @@ class TrainingConfig:
     keep_every: int = key(
         COUNT, "also keep those of every so many steps, a multiple of save_interval; 0: none", 0
     )
+    async_save: bool = key(
+        BOOLEAN, "write checkpoints while training goes on, from a copy in host memory", False
+    )
     export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
     decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
     timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)

@@ -28,27 +28,27 @@ def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, A
 
 
 def global_norm(
-    shards: Sequence[Tensor], world: dist.ProcessGroup | None, is_asked: bool = False
-) -> tuple[float, bool]:
+    shards: Sequence[Tensor], world: dist.ProcessGroup | None, flags: Sequence[bool] = ()
+) -> tuple[float, list[int]]:
     """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint.
 
-    :returns: the norm, and whether ``is_asked`` holds on any rank: it travels along for nothing.
+    :returns: the norm, and for each of ``flags`` on how many ranks it holds: they travel along.
     """
     norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
     total = torch.stack(norms).square().sum()
-    sums = torch.stack([total, torch.full_like(total, float(is_asked))])
+    sums = torch.cat([total[None], total.new_tensor([float(flag) for flag in flags])])
     if world is not None:
         dist.all_reduce(sums, group=world)
-    square, asked = sums.tolist()
-    return math.sqrt(square), asked > 0
+    square, *counts = sums.tolist()
+    return math.sqrt(square), [round(count) for count in counts]
 
 
 class ShardedOptimizer:
     """Steps ``inner`` on this rank's shards and brings the updated weights to their ranks.
 
     DeepSpeed's engine drives it through ``step``, ``zero_grad``, ``param_groups``, ``overflow``
-    and ``_global_grad_norm``. After each step ``must_stop`` says, on all ranks alike, whether
-    ``is_asked`` (settable, any function) was true on one of them.
+    and ``_global_grad_norm``. After each step ``flag_counts`` says, on all ranks alike, on how
+    many of them each of ``flags()`` (settable) was true.
 
     :param units: all units that this rank stores, in forward order.
     :param inner: on the groups of :func:`parameter_groups`.
@@ -71,8 +71,8 @@ class ShardedOptimizer:
         self.inner = inner
         self.overflow = False
         self._global_grad_norm: float | None = None
-        self.is_asked: Callable[[], bool] = lambda: False
-        self.must_stop = False
+        self.flags: Callable[[], Sequence[bool]] = tuple
+        self.flag_counts: list[int] = []
         self._communicator = communicator
         self._stage = stage
         self._max_norm = max_norm
@@ -100,7 +100,7 @@ class ShardedOptimizer:
         ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
         """
         shards = [unit.shard_grad for unit in self.owned]
-        norm, self.must_stop = global_norm(shards, self._world, self.is_asked())
+        norm, self.flag_counts = global_norm(shards, self._world, self.flags())
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
         if self.overflow:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.checkpoint.background import BackgroundSave
 from sdp_llm.checkpoint.export import copy_tokenizer
 from sdp_llm.config import RunConfig
 from sdp_llm.engine import SDPEngine, initialize
@@ -28,13 +29,15 @@ class Step:
 
     ``losses`` (1-D, on the device) has the mean loss, in nats per token, of each worker that this
     process runs; ``grad_norm`` is global and before clipping; ``must_stop`` says, on all ranks
-    alike, that one of them was asked to stop.
+    alike, that one of them was asked to stop, ``is_written`` that the save in the background is on
+    the disk.
     """
 
     losses: Tensor
     grad_norm: float
     is_skipped: bool
     must_stop: bool = False
+    is_written: bool = False
 
 
 class Backend(Protocol):
@@ -87,7 +90,9 @@ class EngineBackend:
     ) -> None:
         self.engine: SDPEngine
         self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
-        self.engine.optimizer.is_asked = self._is_asked = is_asked
+        self.engine.optimizer.flags = self._flags
+        self._is_asked = is_asked
+        self._in_background: BackgroundSave | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._eos_id = inputs.eos_id
         # Dropout, where a model has it, differs between ranks and repeats between runs.
@@ -109,7 +114,14 @@ class EngineBackend:
             engine.step()
         norm = engine.get_global_grad_norm()
         assert norm is not None
-        return Step(total, norm, not engine.was_step_applied(), engine.optimizer.must_stop)
+        asked, written = engine.optimizer.flag_counts
+        is_written = written == self.world_size
+        return Step(total, norm, not engine.was_step_applied(), asked > 0, is_written)
+
+    def _flags(self) -> tuple[bool, bool]:
+        """What each step's agreement asks all ranks."""
+        pending = self._in_background
+        return self._is_asked(), pending is not None and pending.is_written()
 
     def must_stop(self) -> bool:
         flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
@@ -126,6 +138,20 @@ class EngineBackend:
         :raises ConfigError: on every rank, when one cannot write.
         """
         self.engine.save_checkpoint(folder, tag, state)
+
+    def begin_save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Begin what :meth:`save` does, in the background; :meth:`finish_save` comes next."""
+        pending = self.engine.save_checkpoint_in_background(folder, tag, state)
+        self._in_background = pending
+
+    def finish_save(self) -> None:
+        """Wait for the save in the background and give it its name. Collective.
+
+        :raises ConfigError: on every rank, when one could not write.
+        """
+        assert self._in_background is not None
+        pending, self._in_background = self._in_background, None
+        pending.finish()
 
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Collective.

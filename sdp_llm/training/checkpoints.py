@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdp_llm.checkpoint.together import sync_folder
@@ -71,6 +71,32 @@ def clear_rubbish(folder: Path) -> None:
 def checkpoint_bytes(run: RunConfig, numel: int) -> int:
     """About how large a checkpoint of a model of ``numel`` parameters is: masters and moments."""
     return numel * (FP32_BYTES + setup_from_config(run, 1, "gloo").moment_bytes)
+
+
+def largest_share(units: Iterable[tuple[Sequence[int], int]], world_size: int) -> int:
+    """The most elements that one rank writes: of each of its units, as many as its co-owners.
+
+    :param units: the owner set and the size of each.
+    """
+    shares = [0] * world_size
+    for owners, numel in units:
+        for rank in owners:
+            shares[rank] += -(-numel // len(owners))
+    return max(shares)
+
+
+def checkpoint_line(run: RunConfig, numel: int, share: int) -> str:
+    """When checkpoints are written and what they take, for the summary of a run.
+
+    :param share: :func:`largest_share`.
+    """
+    training = run.training
+    interval = f"every {training.save_interval:,} steps" if training.save_interval else "at a stop"
+    line = f"checkpoints {interval}, {checkpoint_bytes(run, numel) / 1e9:,.2f} GB each"
+    if training.async_save:
+        memory = checkpoint_bytes(run, share) / 2**30
+        line += f"; their copy takes up to {memory:,.2f} GiB of a rank's host memory"
+    return line
 
 
 def check_space(run: RunConfig, folder: Path, size: int, step: int, total_steps: int) -> None:

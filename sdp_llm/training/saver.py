@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,23 @@ class Saving(Protocol):
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write ``folder/tag``. Collective; raises ConfigError on every rank."""
         ...
+
+    def begin_save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Begin to write ``folder/tag`` in the background. Collective, raises likewise."""
+        ...
+
+    def finish_save(self) -> None:
+        """End what :meth:`begin_save` began. Collective, raises likewise."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save in the background: after which step, since when, and how long training waited."""
+
+    step: int
+    started: float
+    stalled: float
 
 
 class Saver:
@@ -63,6 +80,7 @@ class Saver:
         self._say = say
         self._global_batch = global_batch
         self._saved_step = saved_step
+        self._pending: _Pending | None = None
         self._save_seconds = size / backend.world_size / ASSUMED_BYTES_PER_S
         self._steps_seen = 0
         self._has_warned = False
@@ -72,37 +90,87 @@ class Saver:
         interval = self._config.save_interval
         return interval > 0 and (is_last or step % interval == 0) and step != self._saved_step
 
-    def save(self, position: Position, total_steps: int) -> str | None:
+    def save(self, position: Position, total_steps: int, *, can_wait: bool = False) -> str | None:
         """Write a checkpoint and remove those that are no longer kept. Collective.
 
+        :param can_wait: with ``training.async_save``, only begin it, for :meth:`finish_written`.
         :returns: why it failed; None when all went well.
         """
+        self.finish()
         started = time.perf_counter()
+        is_async = can_wait and self._config.async_save
+        begin = self._backend.begin_save if is_async else self._backend.save
         state = {
             "trainer": asdict(position),
             "global_batch": self._global_batch,
             "total_steps": total_steps,
         }
-        tag = tag_of(position.step)
         try:
-            self._backend.save(self._folder.checkpoints, tag, state)
-            self._saved_step = position.step
+            begin(self._folder.checkpoints, tag_of(position.step), state)
+        except ConfigError as error:
+            return self._failed(position.step, error)
+        stalled = time.perf_counter() - started
+        if is_async:
+            self._pending = _Pending(position.step, started, stalled)
+            return None
+        return self._saved(_Pending(position.step, started, stalled))
+
+    def finish_written(self, is_written: bool) -> None:
+        """Give the checkpoint in the background its name, once all ranks have written. Collective.
+
+        :param is_written: the same on all ranks.
+        """
+        if is_written:
+            self._finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in the background, where there is one. Collective."""
+        if self._pending is None:
+            return
+        step, started = self._pending.step, time.perf_counter()
+        self._finish()
+        waited = time.perf_counter() - started
+        self._say(f"waited {waited:.1f} s until the checkpoint of step {step} was written")
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        started = time.perf_counter()
+        try:
+            self._backend.finish_save()
+        except ConfigError as error:
+            self._failed(pending.step, error)
+            return
+        stalled = pending.stalled + time.perf_counter() - started
+        self._saved(replace(pending, stalled=stalled))
+
+    def _saved(self, save: _Pending) -> str | None:
+        self._saved_step = save.step
+        try:
             agree(self._remove_old)
         except ConfigError as error:
-            self._say(f"warning: step {position.step}: no checkpoint: {error}")
-            self._status.write(step=position.step, warning=f"step {position.step}: {error}")
-            return str(error)
-        self._save_seconds = time.perf_counter() - started
-        self._say(f"saved {self._folder.checkpoints / tag} in {self._save_seconds:.1f} s")
-        self._folder.log({"step": position.step, "checkpoint/seconds": self._save_seconds})
-        self._status.write(step=position.step, checkpoint=f"checkpoints/{tag}")
+            return self._failed(save.step, error)
+        tag, seconds = tag_of(save.step), time.perf_counter() - save.started
+        self._save_seconds = seconds
+        stall = f", training waited {save.stalled:.1f} s" if self._config.async_save else ""
+        self._say(f"saved {self._folder.checkpoints / tag} in {seconds:.1f} s{stall}")
+        entry = {"checkpoint/seconds": seconds, "checkpoint/stalled_seconds": save.stalled}
+        self._folder.log({"step": save.step, **entry})
+        self._status.write(step=save.step, checkpoint=f"checkpoints/{tag}")
         return None
+
+    def _failed(self, step: int, error: ConfigError) -> str:
+        self._say(f"warning: step {step}: no checkpoint: {error}")
+        self._status.write(step=step, warning=f"step {step}: {error}")
+        return str(error)
 
     def save_and_stop(self, position: Position, total_steps: int) -> None:
         """Save what is not saved yet, because the run was asked to stop. Collective.
 
         :raises TrainingStopped: on every rank, when that fails.
         """
+        self.finish()
         if position.step not in (0, self._saved_step):
             reason = self.save(position, total_steps)
             if reason is not None:

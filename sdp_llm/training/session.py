@@ -6,7 +6,12 @@ from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.budget import steps_from
-from sdp_llm.training.checkpoints import check_space, checkpoint_bytes
+from sdp_llm.training.checkpoints import (
+    check_space,
+    checkpoint_bytes,
+    checkpoint_line,
+    largest_share,
+)
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.resume import Start, find_start
 from sdp_llm.training.run_folder import RunFolder
@@ -45,7 +50,8 @@ def train(
     if start.checkpoint is not None and was_finished and position.step >= steps:
         say("finished already: raise the budget to train on, or take another training.run_dir")
         return
-    size = checkpoint_bytes(run, backend.engine.sharded.subnetwork.layout.numel)
+    subnetwork = backend.engine.sharded.subnetwork
+    size = checkpoint_bytes(run, subnetwork.layout.numel)
     agree(lambda: check_space(run, folder.checkpoints, size, position.step, steps))
     status = Status(folder.path, backend.rank, steps)
     is_own = start.checkpoint is not None and start.checkpoint.parent.resolve() == (
@@ -67,6 +73,9 @@ def train(
     )
     trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
     say(summary_card(run, inputs, steps))
+    units = [(subnetwork.owners(unit), unit.numel) for unit in subnetwork.layout.units]
+    share = largest_share(units, backend.world_size)
+    say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:
         is_finished = trainer.fit()
     except BaseException as error:

@@ -102,8 +102,9 @@ class Trainer:
         if is_last or is_log_due or is_save_due or must_stop:
             self.log(result.grad_norm)
         if self._saver is not None and not must_stop:
+            self._saver.finish_written(result.is_written)
             if is_save_due:
-                self._saver.save(self.position, self.total_steps)
+                self._saver.save(self.position, self.total_steps, can_wait=not is_last)
             self._saver.warn_if_too_slow(self._meter.last_step_seconds)
         return must_stop
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sdp_llm.checkpoint.save import seal
 from sdp_llm.engine import SDPEngine, initialize
 from sdp_llm.errors import ConfigError
+from sdp_llm.training.checkpoints import largest_share
 from tests.distributed.compare import assembled, whole
 from tests.distributed.pool import Pool
 from tests.distributed.tiny import Case, build, forward_backward, llama, run_config, weights
@@ -305,3 +306,24 @@ def test_only_safetensors_and_json(pools: Pools, tmp_path: Path) -> None:
         assert set(manifest["files"]) == inside - {"manifest.json"}
     content = json.loads((tmp_path / "chosen" / "state.json").read_text())
     assert content["counters"]["global_steps"] == 3, "the newer one replaced the older"
+
+
+def copied_and_predicted(case: Case, folder: str) -> tuple[int, int]:
+    """Run on a rank: bytes that a save in the background copies, and those that are predicted."""
+    engine = build(case)
+    steps(engine, 0, 1)
+    for _ in range(2):  # the second one takes no more
+        engine.save_checkpoint_in_background(folder).finish()
+    subnetwork = engine.sharded.subnetwork
+    units = [(subnetwork.owners(unit), unit.numel) for unit in subnetwork.layout.units]
+    copied = sum(buffer.nbytes for buffer in engine._snapshot._buffers.values())
+    return copied, 12 * largest_share(units, case.world_size)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_copy_of_a_save_in_the_background(stage: int, pools: Pools, tmp_path: Path) -> None:
+    results = pools(4).run(copied_and_predicted, Case(stage=stage), str(tmp_path))
+    rest = 12_000  # random state, and the step of every slice
+    for copied, predicted in results:
+        assert copied < predicted + rest
+    assert max(copied for copied, _ in results) > 0.97 * results[0][1]

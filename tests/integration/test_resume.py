@@ -6,6 +6,7 @@ import io
 import json
 import resource
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sdp_llm.checkpoint import save
 from sdp_llm.config import load_config
 from sdp_llm.data.sampler import samples_at
 from sdp_llm.errors import ConfigError, TrainingStopped
@@ -115,12 +117,20 @@ def job(
     stop_after: int | None = None,
     full_disk: tuple[int, int] | None = None,
     keep_loaded: bool = False,
+    slow_disk: float = 0,
 ) -> Outcome:
     """Run on a rank: what ``launch/pretrain.py`` does, and what came of it."""
     run = load_config(config, ["training.export=false", *overrides])
     inputs = load_inputs(run, dist.get_world_size())
     steps = total_steps(run, inputs)
     error, backend, said = "", None, io.StringIO()
+    write = save.write_tensors
+
+    def write_slowly(*arguments: Any) -> Any:
+        time.sleep(slow_disk)
+        return write(*arguments)
+
+    save.write_tensors = write_slowly
     try:
         with redirect_stdout(said):
             folder = RunFolder(run, inputs.plan, dist.get_rank() == 0, resume)
@@ -129,6 +139,7 @@ def job(
     except (ConfigError, TrainingStopped) as caught:
         error = str(caught)
     limit_files(resource.RLIM_INFINITY)
+    save.write_tensors = write
     if backend is None:
         return Outcome(error, said.getvalue(), [], [], [], None, {}, [])
     held = (state(backend.engine), weights(backend.engine))
@@ -260,6 +271,9 @@ def test_what_changes_is_said(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     assert f"continuing from {tmp_path / 'run'}/checkpoints/step-2: step 2 of {STEPS}, 16" in said
     entry = [e for e in metrics(tmp_path / "run") if "loss" in e][-1]
     assert (entry["step"], entry["samples"]) == (3, 16 + 16)
+    data = load_inputs(load_config(tiny.config), 2).train
+    read = torch.cat([first.batches[0], second.batches[0]]).numpy()
+    np.testing.assert_array_equal(read, data.read(5, 16, 16))
 
 
 # -- where it starts ------------------------------------------------------------------------------
@@ -336,12 +350,21 @@ def _flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
+def _turn_a_shape(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    shapes = manifest["parameters"]
+    name = next(name for name, shape in shapes.items() if len(shape) > 1)
+    shapes[name].reverse()
+    path.write_text(json.dumps(manifest))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped bit": lambda folder: _flip(folder / "rank-00001.safetensors", -999),
     "truncated shard": lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"x" * 50),
     "missing shard": lambda folder: (folder / "rank-00000.safetensors").unlink(),
     "flipped bit of the state": lambda folder: _flip(folder / "state.json", 30),
     "flipped bit of the manifest": lambda folder: _flip(folder / "manifest.json", 200),
+    "another shape in the manifest": lambda folder: _turn_a_shape(folder / "manifest.json"),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
 }
 
@@ -398,3 +421,59 @@ def test_a_stop_that_cannot_save_is_an_error(tiny: Tiny, pools: Pools, tmp_path:
     [outcome, _] = run_on(pools(2), tiny, where, often)
     assert "checkpoints/step-2: step 2" in outcome.said
     assert status(tmp_path / "run")["state"] == "finished"
+
+
+# -- in the background ----------------------------------------------------------------------------
+
+ASYNC = ["training.async_save=true", "training.save_interval=1", "training.keep_last=9"]
+
+
+def shards(folder: Path) -> dict[str, dict[str, str]]:
+    """The SHA-256 of every rank's file in every checkpoint."""
+    found = {}
+    for path in folder.glob("checkpoints/step-*"):
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        found[path.name] = {n: f["sha256"] for n, f in files.items() if n.startswith("rank")}
+    return found
+
+
+@pytest.mark.parametrize("precision", ["bf16.enabled=true", "bf16.enabled=false"])
+def test_saving_in_the_background_saves_the_same(
+    precision: str, tiny: Tiny, pools: Pools, tmp_path: Path
+) -> None:
+    """Though training goes on meanwhile; and a save waits for the one before."""
+    folders = {name: tmp_path / name for name in ("plain", "background")}
+    options = [precision, *ASYNC[1:]]
+    plain = run_on(pools(2), tiny, f"training.run_dir={folders['plain']}", *options)
+    options = [precision, *ASYNC]
+    where = f"training.run_dir={folders['background']}"
+    outcomes = run_on(pools(2), tiny, where, *options, slow_disk=0.2)
+    assert shards(folders["background"]) == shards(folders["plain"])
+    assert len(shards(folders["plain"])) == STEPS
+    for mine, other in zip(outcomes, plain, strict=True):
+        assert mine.losses == other.losses
+    said = outcomes[0].said
+    assert "until the checkpoint of step 1 was written" in said
+    assert "; their copy takes up to 0.00 GiB of a rank's host memory" in said
+    entries = [e for e in metrics(folders["background"]) if "checkpoint/seconds" in e]
+    assert [entry["step"] for entry in entries] == [*range(1, STEPS + 1)]
+    for entry in entries[:-1]:  # the last one is waited for
+        assert entry["checkpoint/stalled_seconds"] < entry["checkpoint/seconds"]
+
+
+def test_a_stop_waits_for_the_background(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where, options = f"training.run_dir={tmp_path / 'run'}", [*ASYNC[:1], "training.keep_last=9"]
+    options.append("training.save_interval=2")
+    run_on(pools(2), tiny, where, *options, stop_after=3, slow_disk=0.3)
+    assert set(shards(tmp_path / "run")) == {"step-2", "step-3"}
+    assert status(tmp_path / "run")["checkpoint"] == "checkpoints/step-3"
+
+
+def test_a_background_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where = f"training.run_dir={tmp_path / 'run'}"
+    [outcome, _] = run_on(pools(2), tiny, where, *ASYNC, full_disk=(3, 4), slow_disk=0.05)
+    assert "warning: step 3: no checkpoint: rank 1: cannot write: " in outcome.said
+    assert {"step-2", "step-4", "step-6"} <= set(shards(tmp_path / "run"))
+    assert "step-3" not in shards(tmp_path / "run")
+    assert status(tmp_path / "run")["state"] == "finished"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

@@ -211,14 +211,3 @@ def test_children_ignore_the_signals_and_do_not_pass_them_on() -> None:
     process.send_signal(signal.SIGTERM)  # too late to matter
     assert process.wait(3) == 0
     os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_workers_outlive_the_signal(tiny: Tiny, tmp_path: Path) -> None:
-    """DeepSpeed's launcher signals a rank's helpers too; its batches must not end there."""
-    folder = tmp_path / "run"
-    run = Started([*command(tiny, folder, "deepspeed", LONG), "data.num_workers=1"], folder)
-    run.wait_for_steps()
-    run.processes("launcher.launch")[0].send_signal(signal.SIGTERM)
-    run.end()
-    assert status(folder)["state"] == "preempted", run.log.read_text()

@@ -43,6 +43,7 @@ def rank_main(
     config: str,
     run_dir: str,
     steps: int,
+    is_async: bool,
     fatal_event: int | None,
 ) -> None:
     """Train as ``launch/pretrain.py`` does; die before file operation number ``fatal_event``."""
@@ -76,9 +77,24 @@ def rank_main(
             nonlocal is_saving
             is_saving = True
             super().save(folder, tag, state)
+            self.report(folder / tag)
+
+        def begin_save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+            nonlocal is_saving
+            is_saving = True
+            super().begin_save(folder, tag, state)
+            self.begun = folder / tag
+
+        def finish_save(self) -> None:
+            super().finish_save()
+            self.report(self.begun)
+
+        def report(self, checkpoint: Path) -> None:
+            nonlocal is_saving
             is_saving = False
             if self.rank == 0:
-                line = json.dumps({"step": state["trainer"]["step"], **digests(folder / tag)})
+                step = int(checkpoint.name.removeprefix("step-"))
+                line = json.dumps({"step": step, **digests(checkpoint)})
                 with Path(f"{run_dir}.saved").open("a") as report:
                     report.write(line + "\n")
 
@@ -97,6 +113,7 @@ def rank_main(
     )
     overrides = [f"training.run_dir={run_dir}", f"training.steps={steps}", "scheduler=null"]
     overrides += ["training.save_interval=1", "training.export=false", "data.validation=null"]
+    overrides += [f"training.async_save={str(is_async).lower()}"]
     run = load_config(config, overrides)
     inputs = load_inputs(run, world_size)
     folder = RunFolder(run, inputs.plan, rank == 0, "auto")
@@ -112,10 +129,13 @@ def digests(checkpoint: Path) -> dict[str, str]:
 class Campaign:
     """Rounds on one run folder."""
 
-    def __init__(self, folder: Path, config: Path, world_size: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, config: Path, world_size: int, is_async: bool, seed: int
+    ) -> None:
         self.folder = folder
         self.config = config
         self.world_size = world_size
+        self.is_async = is_async
         self.run_dir = folder / f"run-{world_size}"
         self.random = random.Random(f"{seed} {world_size}")
         self.tally: collections.Counter[str] = collections.Counter()
@@ -127,8 +147,8 @@ class Campaign:
         processes = []
         for rank in range(self.world_size):
             event = fatal[1] if fatal is not None and fatal[0] == rank else None
-            details = (str(self.scratch), str(self.config), str(run_dir), steps, event)
-            arguments = (rank, self.world_size, *details)
+            details = (str(self.scratch), str(self.config), str(run_dir), steps)
+            arguments = (rank, self.world_size, *details, self.is_async, event)
             process = _CONTEXT.Process(target=rank_main, args=arguments, daemon=True)
             process.start()
             processes.append(process)
@@ -219,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=120, help="rounds in all")
     parser.add_argument("--world_size", type=int, nargs="+", default=[2, 4], help="ranks")
+    parser.add_argument("--async_save", action="store_true", help="save in the background")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -227,7 +248,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_tiny(Path(folder))
         for world_size in arguments.world_size:
-            campaign = Campaign(Path(folder), tiny.config, world_size, arguments.seed)
+            campaign = Campaign(
+                Path(folder), tiny.config, world_size, arguments.async_save, arguments.seed
+            )
             for i in range(arguments.kills // len(arguments.world_size)):
                 started = time.perf_counter()
                 campaign.round()

@@ -1,0 +1,73 @@
+"""A checkpoint written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sdp_llm.checkpoint.save import CheckpointWriting
+from sdp_llm.checkpoint.together import WrittenFile
+from sdp_llm.errors import ConfigError
+
+
+class Snapshot:
+    """A copy of this rank's tensors in host memory, which is kept and used again.
+
+    Pinned where the tensors are on a GPU, so that they are copied at the bus's speed.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Copy the tensors; they may change when this returns."""
+        taken: dict[str, Tensor] = {}
+        for key, tensor in tensors:
+            buffer = self._buffers.pop(key, None)
+            if buffer is None:
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            taken[key] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._buffers = taken
+        return list(taken.items())
+
+
+class BackgroundSave:
+    """Writes a snapshot in a thread of its own, which takes part in no collective.
+
+    :param writing: begun.
+    """
+
+    def __init__(self, writing: CheckpointWriting, tensors: list[tuple[str, Tensor]]) -> None:
+        self._writing = writing
+        self._files: list[WrittenFile] = []
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether this rank's part is on the disk, or has failed."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all ranks and give the checkpoint its name. Collective over the world.
+
+        :raises ConfigError: on every rank, when one could not write.
+        """
+        self._thread.join()
+        self._writing.finish(self._outcome)
+
+    def _write(self, tensors: list[tuple[str, Tensor]]) -> None:
+        try:
+            self._files = self._writing.write(tensors)
+        except (OSError, ConfigError) as error:
+            self._failure = error
+
+    def _outcome(self) -> list[WrittenFile]:
+        if self._failure is not None:
+            raise self._failure
+        return self._files
