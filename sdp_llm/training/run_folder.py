@@ -95,8 +95,8 @@ class RunFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if self.checkpoints.is_dir():
-            clear_rubbish(self.checkpoints)
+        clear_rubbish(self.path)
+        clear_rubbish(self.checkpoints)
 
     def _may_continue(self, resume: str) -> bool:
         if resume == "auto":

@@ -71,15 +71,15 @@ def train(
         size=size,
         saved_step=position.step if is_own else None,
     )
-    trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
     say(summary_card(run, inputs, steps))
     units = [(subnetwork.owners(unit), unit.numel) for unit in subnetwork.layout.units]
     share = largest_share(units, backend.world_size)
     say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:
+        trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
         is_finished = trainer.fit()
     except BaseException as error:
-        status.fail(f"step {trainer.step}: {type(error).__name__}: {error}")
+        status.fail(f"step {position.step}: {type(error).__name__}: {error}")
         raise
     if is_finished:
         status.write(state=FINISHED, step=trainer.step)
