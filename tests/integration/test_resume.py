@@ -473,8 +473,8 @@ def test_a_background_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) 
     where = f"training.run_dir={tmp_path / 'run'}"
     [outcome, _] = run_on(pools(2), tiny, where, *ASYNC, full_disk=(3, 5), slow_disk=0.05)
     assert "warning: step 3: no checkpoint: rank 1: cannot write: " in outcome.said
-    # Whether the next one is written in time to fail depends on the machine.
-    assert {"step-2", "step-5", "step-6"} <= set(shards(tmp_path / "run"))
+    # Whether those next to it are written in time to fail depends on the machine.
+    assert {"step-1", "step-5", "step-6"} <= set(shards(tmp_path / "run"))
     assert "step-3" not in shards(tmp_path / "run")
     assert status(tmp_path / "run")["state"] == "finished"
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
