@@ -13,6 +13,9 @@ from torch import Tensor
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.unit import Unit
 
+# Counts up to this stay apart in the sum of fp64 words with two of them.
+_MOST_RANKS = 2**20
+
 
 def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, Any]]:
     """Two groups of parameter slices: with weight decay, and without.
@@ -36,11 +39,14 @@ def global_norm(
     """
     norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
     total = torch.stack(norms).square().sum()
-    sums = torch.cat([total[None], total.new_tensor([float(flag) for flag in flags])])
+    # One number for all flags: each element more would be a message more on gloo.
+    word = sum(_MOST_RANKS**i for i, flag in enumerate(flags) if flag)
+    sums = torch.stack([total, torch.full_like(total, float(word))])
     if world is not None:
         dist.all_reduce(sums, group=world)
-    square, *counts = sums.tolist()
-    return math.sqrt(square), [round(count) for count in counts]
+    square, words = sums.tolist()
+    counts = [int(words) // _MOST_RANKS**i % _MOST_RANKS for i in range(len(flags))]
+    return math.sqrt(square), counts
 
 
 class ShardedOptimizer:
