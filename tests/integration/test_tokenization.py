@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.integration import corpora
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_speed_and_memory(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.texts(50))
     output = tmp_path / "results" / "tokenization.json"
