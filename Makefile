@@ -1,13 +1,14 @@
 # make setup   .venv with everything the other commands need
 # make demo    corpus, tokenizer, pretraining on 4 ranks, export, generation
 # make test    every check: lint, types, tests
+# make test-slow, make stress    what takes longer: more cases; killing ranks while they save
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint types format clean
+.PHONY: setup demo test test-slow stress lint types format clean
 
 setup: $(STAMP)
 
@@ -49,6 +50,10 @@ test: lint types
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+stress: $(STAMP)
+	$(BIN)/python -m tests.stress.kill_during_save --kills 100
+	$(BIN)/python -m tests.stress.kill_during_save --kills 40 --world_size 2 --async_save
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--name", help="configuration of the hub dataset, such as sample-10BT")
     add("--tokenizer", type=Path, required=True, help="folder from train_tokenizer.py")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (cores)")
     add("--validation_fraction", type=float, default=0.005, help="of the documents (0.005)")
     add("--max_documents", type=int, help="stop after this many documents of the source")
     add("--max_document_megabytes", type=int, default=8, help="leave out longer texts (8)")
