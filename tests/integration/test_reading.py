@@ -97,6 +97,7 @@ def test_the_manifest_of_data_prep_is_understood(tiny: Tiny) -> None:
         assert manifest.tokenizer_sha256 == digest
 
 
+@pytest.mark.slow
 def test_each_rank_checks_its_part_of_the_ids(tiny: Tiny, tmp_path: Path) -> None:
     """Without a manifest the corpus is read; the rank that finds the id says so."""
     for suffix in (".bin", ".idx"):

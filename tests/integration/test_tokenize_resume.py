@@ -149,10 +149,6 @@ def kill_and_go_on(folder: Path, tokenizer: Path, rounds: int, files: int) -> in
     return killed
 
 
-def test_kill(tmp_path: Path, tokenizer_folder: Path) -> None:
-    assert kill_and_go_on(tmp_path, tokenizer_folder, rounds=1, files=4) >= 1
-
-
 @pytest.mark.slow
 def test_twenty_kills(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert kill_and_go_on(tmp_path, tokenizer_folder, rounds=16, files=24) >= 20

@@ -63,6 +63,7 @@ def _interrupted(names: list[str]) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_without_ip_the_collectives_are_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
