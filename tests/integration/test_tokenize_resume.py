@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -88,6 +89,24 @@ def test_a_run_goes_on_from_any_state(
     assert not set(again) & set(encoded)  # nothing that was finished is done again
     if moment > 2:
         assert "going on after" in capsys.readouterr().out
+
+
+def test_the_disk_holds_the_output_and_what_is_under_way(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "in", 6, 40)
+    monkeypatch.setattr(_pieces, "PIECE_BYTES", 900)
+    monkeypatch.setattr(_corpus, "_SAVE_SECONDS", 0.0)
+    append, most = _corpus.GrowingCorpus.append, 0
+
+    def count(corpus: _corpus.GrowingCorpus, *arguments: Any) -> None:
+        nonlocal most
+        most = max(most, len(list(corpus.pieces.glob("*.json"))))
+        append(corpus, *arguments)
+
+    monkeypatch.setattr(_corpus.GrowingCorpus, "append", count)
+    assert tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT) == 1
+    assert most == 1  # a single process has one piece under way
 
 
 @pytest.mark.parametrize("action", ["write_index", "sync_tree", "rmtree"])
