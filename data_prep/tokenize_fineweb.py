@@ -162,9 +162,10 @@ def check_space(
     if expected is None:
         return  # nothing to write; the run finds out why
     size = format_size(sum(file.size for file in source.files))
+    count = f"{len(source.files)} file{'' if len(source.files) == 1 else 's'}"
     free = shutil.disk_usage(corpus.folder).free
     print(
-        f"{arguments.source}: {len(source.files)} files of {size}; "
+        f"{arguments.source}: {count} of {size}; "
         f"{'roughly' if expected.is_guess else 'about'} {expected.documents:,.0f} documents and "
         f"{expected.tokens / 1e6:,.1f} M tokens, {format_size(expected.output_bytes)} to write, "
         f"{format_size(free)} are free"
