@@ -129,6 +129,16 @@ def test_a_run_ends_from_any_state(
     assert not (tmp_path / "o.partial").exists()
 
 
+def test_the_corpus_takes_its_name_and_is_not_copied(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", texts(20))
+    made: list[int] = []
+    monkeypatch.setattr(_corpus, "sync_tree", lambda folder: made.append(folder.stat().st_ino))
+    assert tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT) == 0
+    assert [(tmp_path / "o").stat().st_ino] == made
+
+
 def command(source: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
     arguments = ["--source", source, "--tokenizer", tokenizer, "--output", output, *SPLIT]
     arguments += ["--workers", workers]

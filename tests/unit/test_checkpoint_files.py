@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdp_llm.checkpoint import together
 from sdp_llm.checkpoint.coverage import coverage_error, stored_ranges, tensor_key
 from sdp_llm.checkpoint.stream import read_header, write_tensors
-from sdp_llm.checkpoint.together import write_together, written
+from sdp_llm.checkpoint.together import WrittenFile, write_together, written
 from sdp_llm.errors import ConfigError
 
 PARAMETERS = {"a": [2, 3], "b": [4]}
@@ -111,14 +112,24 @@ def write(text: str, folder: Path) -> None:
     write_together(folder, files, lambda partial, files: None)
 
 
-def test_a_folder_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the file system cannot swap two names."""
-    folder = tmp_path / "folder"
-    for text, can_swap in (("one", True), ("two", True), ("three", False)):
-        if not can_swap:
-            monkeypatch.setattr("sdp_llm.checkpoint.together._exchange", lambda *_: False)
-        write(text, folder)
-        assert (folder / "x").read_text() == text
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_takes_its_name_and_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(together, "_exchange", lambda first, second: False)
+    for text in ("new", "replaces the first"):
+        made = []
+
+        def write(partial: Path, text: str = text, made: list[int] = made) -> list[WrittenFile]:
+            made.append(partial.stat().st_ino)
+            (partial / "file").write_text(text)
+            return [written(partial / "file")]
+
+        write_together(tmp_path / "folder", write, lambda partial, files: None)
+        # A copy, which others could see half done, would be another folder.
+        assert [(tmp_path / "folder").stat().st_ino] == made
+        assert (tmp_path / "folder" / "file").read_text() == text
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
