@@ -97,7 +97,8 @@ class _ModelTensors:
         dtype: torch.dtype,
     ) -> None:
         layout = model_layout(model)
-        _check_same_parameters(reader, {s.name: list(s.shape) for s in layout.parameters})
+        here = {spec.name: list(spec.shape) for spec in layout.parameters}
+        reader.check_parameters(here, "give the config it was trained with as --model_config")
         self.dtype = dtype
         self._reader = reader
         aliases = written_aliases(layout, config)
@@ -139,18 +140,6 @@ def _trained_dtype(state: dict[str, Any]) -> torch.dtype:
 
 def _trained_tokenizer(state: dict[str, Any]) -> str | None:
     return state["config"].get("data", {}).get("tokenizer")
-
-
-def _check_same_parameters(reader: CheckpointReader, here: dict[str, list[int]]) -> None:
-    saved = reader.manifest["parameters"]
-    different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{reader.folder}: {name} has shape {saved.get(name)} there and {here.get(name)} in "
-            f"the model ({len(different)} parameters differ); give the config that it was trained "
-            "with as --model_config"
-        )
 
 
 def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -104,6 +104,22 @@ class CheckpointReader:
                     "another SHA-256)",
                 )
 
+    def check_parameters(self, here: Mapping[str, list[int]], fix: str) -> None:
+        """Check that the checkpoint is of a model with these parameters.
+
+        :param here: the shape of every parameter, by global name.
+        :param fix: what to do otherwise, for the message.
+        :raises ConfigError: naming the first parameter that differs.
+        """
+        saved = self.manifest["parameters"]
+        different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"{self.folder}: {name} has shape {saved.get(name)} there and {here.get(name)} in "
+                f"this model ({len(different)} parameters differ); {fix}"
+            )
+
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a flattened tensor, 1-D; or its one value, 0-D."""
         parts = []
@@ -194,14 +210,7 @@ def _restore_random(reader: CheckpointReader, rank: int, device: torch.device) -
 
 def _check_same_model(sharded: ShardedModel, reader: CheckpointReader, folder: Path) -> None:
     here = {spec.name: list(spec.shape) for spec in sharded.subnetwork.layout.parameters}
-    saved = reader.manifest["parameters"]
-    different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{folder}: {name} has shape {saved.get(name)} there and {here.get(name)} in this "
-            f"model ({len(different)} parameters differ); use the config it was trained with"
-        )
+    reader.check_parameters(here, "use the config it was trained with")
     if "model" not in reader.state:
         return
     there = architecture(reader.state["model"])
