@@ -16,6 +16,9 @@ from sdp_llm.plan import Plan, plan_from_config
 from sdp_llm.plan.size import CostSetup, ModelSize, setup_from_config
 from sdp_llm.subnetwork.measure import model_size
 
+LEARNING_RATE = 1e-4
+MAX_NORM = 1.0
+
 
 @dataclass(frozen=True)
 class Case:
@@ -46,8 +49,8 @@ class Case:
             {
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": self.accumulation,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-                "gradient_clipping": 1.0,
+                "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE}},
+                "gradient_clipping": MAX_NORM,
                 "bf16": {"enabled": self.is_bf16},
                 "zero_optimization": {"stage": self.stage},
                 "sdp": {"masking": self.masking, "coverage": self.coverage},

@@ -115,9 +115,10 @@ class CheckpointReader:
         different = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
         if different:
             name = different[0]
+            there, this = saved.get(name, "absent"), here.get(name, "absent")
             raise ConfigError(
-                f"{self.folder}: {name} has shape {saved.get(name)} there and {here.get(name)} in "
-                f"this model ({len(different)} parameters differ); {fix}"
+                f"{self.folder}: {name} is {there} there and {this} in this model "
+                f"({len(different)} parameters differ); {fix}"
             )
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:

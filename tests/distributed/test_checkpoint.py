@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
     pools(2).run(save, Case(2), str(tmp_path), 1)
     calls: list[tuple[Case, int, dict[str, Any], str]] = [
         (Case(2), 7, {}, "model.layers.6."),
-        (Case(2, is_tied=True), 6, {}, "lm_head.weight has shape [96, 32] there and None in"),
+        (Case(2, is_tied=True), 6, {}, "lm_head.weight is [96, 32] there and absent in this"),
         (Case(2, optimizer="SGD"), 6, {}, "saved with another optimizer than SGD"),
         (Case(2, extra=BASE.extra), 6, {}, "saved without a learning-rate scheduler"),
         (Case(2), 6, {"tag": "nowhere"}, "nowhere/manifest.json: not there"),

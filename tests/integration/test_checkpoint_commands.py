@@ -140,7 +140,7 @@ def test_what_export_refuses(
     with pytest.raises(ConfigError, match="exists; name a new folder, or remove it"):
         export_checkpoint(folder, tmp_path)
     other = LlamaConfig(**{**MODEL, "num_hidden_layers": 3})
-    with pytest.raises(ConfigError, match=r"model\.layers\.3.*give the config that it was trained"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.3.*give the config it was trained"):
         export_checkpoint(folder, output, config=other)
     with pytest.raises(ConfigError, match="has no tokenizer; name the folder of one"):
         export_checkpoint(folder, output, tokenizer=tmp_path)
