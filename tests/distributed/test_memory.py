@@ -63,8 +63,19 @@ def check(case: Case, model: LlamaConfig, pool: Pool) -> None:
         assert found["total"] == pytest.approx(found["alive_after_step"], rel=0.01), where
 
 
-@pytest.mark.parametrize("case", CASES + ACCUMULATED, ids=str)
+QUICK = [case for case in CASES if case.is_bf16 == (case.stage == 1)]
+
+
+@pytest.mark.parametrize("case", QUICK + ACCUMULATED, ids=str)
 def test_storages_and_bytes_sent_are_the_closed_forms(
+    case: Case, pools: Callable[[int], Pool]
+) -> None:
+    check(case, _model(), pools(case.world_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
+def test_more_storages_and_bytes_sent_are_the_closed_forms(
     case: Case, pools: Callable[[int], Pool]
 ) -> None:
     check(case, _model(), pools(case.world_size))

@@ -73,14 +73,12 @@ CASES = [
     Case(4, masking, stage, 2, accumulation, is_tied)
     for masking in ("forward", "backward")
     for stage in (0, 1, 2)
-    for accumulation in (1, 3)
-    for is_tied in (False, True)
+    for accumulation, is_tied in ((1, False), (3, True))
 ]
 CASES += [
-    Case(4, masking, stage, owners, accumulation=3)
+    Case(4, masking, stage, owners_per_block=3, accumulation=3)
     for masking in ("forward", "backward")
     for stage in (0, 1, 2)
-    for owners in (1, 3)
 ]
 CASES += [
     Case(2, masking, stage, owners_per_block=1, accumulation=3)
@@ -88,6 +86,17 @@ CASES += [
     for stage in (0, 1, 2)
 ]
 MORE_CASES = [
+    Case(4, masking, stage, 2, accumulation, is_tied)
+    for masking in ("forward", "backward")
+    for stage in (0, 1, 2)
+    for accumulation, is_tied in ((1, True), (3, False))
+]
+MORE_CASES += [
+    Case(4, masking, stage, owners_per_block=1, accumulation=3)
+    for masking in ("forward", "backward")
+    for stage in (0, 1, 2)
+]
+MORE_CASES += [
     Case(4, masking, stage, owners, accumulation=3, is_tied=True)
     for masking in ("forward", "backward")
     for stage in (0, 1, 2)

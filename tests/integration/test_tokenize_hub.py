@@ -77,6 +77,7 @@ def test_the_same_tokens_as_from_the_disk(
     assert hub.count("GET */tree/*") <= 2
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_away(tmp_path: Path, repository: Path, tokenizer_folder: Path) -> None:
     faults = {"GET */001.parquet": itertools.repeat(503)}
     made, _ = run(tmp_path, repository, tokenizer_folder, faults, code=1)
