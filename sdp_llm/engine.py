@@ -174,6 +174,7 @@ class SDPEngine(DeepSpeedEngine):
             stage=self.sharded.stage,
             max_norm=self.gradient_clipping(),
             deliver=self.sharded.subnetwork.masking == "backward",
+            overlap=self.run.zero_optimization.overlap_comm,
         )
 
     def _scheduler_from_config(self, optimizer: Any) -> Any:
@@ -197,6 +198,19 @@ class SDPEngine(DeepSpeedEngine):
     def zero_grad(self) -> None:
         """Zero the accumulated gradients, which are the units', not the parameters'."""
         self.optimizer.zero_grad()
+
+    def wait_for_weights(self) -> None:
+        """Return when the weights of the last step are there.
+
+        The forward pass and this engine's methods wait by themselves; only code that reads
+        parameters of the model between steps needs this. Not collective.
+        """
+        self.sharded.wait()
+
+    def destroy(self) -> None:
+        """DeepSpeed's, when nothing is under way any more."""
+        self.wait_for_weights()
+        super().destroy()
 
     def clip_fp32_gradients(self) -> None:
         """Nothing: the optimizer clips by the global norm before it steps."""

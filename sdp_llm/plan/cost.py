@@ -193,8 +193,8 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     """The largest sum of buffers of `sharding/reducer.py` in a backward pass, in bytes.
 
     While a unit's gradients come in, the last parameter's is still there as autograd made it, in
-    `w` bytes. Of a unit under way there are what is received (all of it on gloo, the shard on
-    NCCL), its fp32 sum (a shard), and what is sent:
+    `w` bytes. Of a unit under way there are what is received (the other owners' slices of a shard
+    on gloo, the shard on NCCL), in fp32 while it is added where it is narrower, and what is sent:
 
     - Stages 0 and 1: the fp32 gradient itself, or a copy of it in a narrower type; stage 0 gathers
       in a second copy.
@@ -210,11 +210,12 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     copies = 0 if is_collected or r == FP32_BYTES else 2 - setup.stage
 
     def received(unit: UnitSize) -> float:
-        return unit.numel * (r if setup.backend == "gloo" else r / len(_owners(plan, unit)))
+        p = len(_owners(plan, unit))
+        return unit.numel * r * (p - 1 if setup.backend == "gloo" else 1) / p
 
     def launched(unit: UnitSize) -> float:
-        summed = FP32_BYTES / len(_owners(plan, unit))
-        return received(unit) + unit.numel * (copies * r + summed)
+        summand = 0 if r == FP32_BYTES else FP32_BYTES / len(_owners(plan, unit))
+        return received(unit) + unit.numel * (copies * r + summand)
 
     peak = under_way = 0.0
     groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]

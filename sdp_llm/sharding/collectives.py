@@ -1,12 +1,13 @@
 """The collectives of owner sets, on gloo and on NCCL.
 
 gloo has no reduce-scatter of its own (torch emulates it by an all-reduce, twice the traffic), so
-there an all-to-all brings every owner the slices of its shard and they are summed locally in fp32.
+there each rank sends every owner its slice and adds up what it receives, in fp32. Its all-gather
+copies on the way; slices sent straight into their place take less time (docs/results.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -50,31 +51,60 @@ class Communicator:
             done = self._stream.record_event()
         return Pending(lambda: torch.cuda.current_stream().wait_event(done))
 
-    def reduce_scatter(self, send: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Pending]:
+    def received_numel(self, numel: int, group: dist.ProcessGroup) -> int:
+        """The elements that a rank receives when ``numel`` are reduce-scattered over the group."""
+        shard = numel // group.size()
+        return shard * (group.size() - 1) if self._stream is None else shard
+
+    def reduce_scatter(
+        self, send: Tensor, received: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Sequence[Tensor], Pending]:
         """Start to sum ``send`` over the group, each rank getting its slice of the sum.
 
         :param send: 1-D in ``self.dtype``; its length is a multiple of the group's size.
-        :returns: what is received, for :func:`fp32_sum` after the wait.
+        :param received: of :meth:`received_numel` elements, filled. Both must live, and ``send``
+            not change, until the wait.
+        :returns: the summands of this rank's slice, 1-D, to be added up after the wait: on gloo
+            the first is a view of ``send``, the others of ``received``.
         """
         size = group.size()
         self._count(send, group)
         if self._stream is None:
-            slices = torch.empty_like(send)
-            pending = self._issue(
-                lambda: [dist.all_to_all_single(slices, send, group=group, async_op=True)]
-            )
-            return slices.view(size, -1), pending
-        total = send.new_empty(send.numel() // size)
+            slices, parts = send.view(size, -1), received.view(size - 1, -1)
+            others = [rank for rank in range(size) if rank != group.rank()]
+            pending = self._exchange([*slices], dict(zip(others, parts, strict=True)), group)
+            return [slices[group.rank()], *parts], pending
         pending = self._issue(
-            lambda: [dist.reduce_scatter_single(total, send, group=group, async_op=True)]
+            lambda: [dist.reduce_scatter_single(received, send, group=group, async_op=True)]
         )
-        return total.view(1, -1), pending
+        return [received], pending
 
     def all_gather(self, full: Tensor, group: dist.ProcessGroup) -> Pending:
         """Start to fill ``full`` with every rank's slice; this rank's is already in place."""
         self._count(full, group)
-        own = full.view(group.size(), -1)[group.rank()]
+        slices = full.view(group.size(), -1)
+        own = slices[group.rank()]
+        if self._stream is None:
+            return self._exchange([own] * group.size(), dict(enumerate(slices)), group)
         return self._issue(lambda: [dist.all_gather_single(full, own, group=group, async_op=True)])
+
+    def _exchange(
+        self, send: Sequence[Tensor], receive: Mapping[int, Tensor], group: dist.ProcessGroup
+    ) -> Pending:
+        """Start to send each other rank of the group its tensor and to receive one from it.
+
+        :param send: by rank in the group, as ``receive``.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        here, size = group.rank(), group.size()
+        operations = []
+        for i in range(1, size):
+            to, source = (here + i) % size, (here - i) % size
+            operations += [
+                dist.P2POp(dist.isend, send[to], ranks[to], group),
+                dist.P2POp(dist.irecv, receive[source], ranks[source], group),
+            ]
+        return self._issue(lambda: dist.batch_isend_irecv(operations))
 
     def deliver(self, full: Tensor, owners: Sequence[int], world: dist.ProcessGroup) -> Pending:
         """Start to bring ``full`` from its owners to all other ranks, a slice from each owner.
@@ -102,11 +132,3 @@ class Communicator:
         # Both collectives send (p-1)/p of their tensor from every rank.
         size = group.size()
         self.bytes_sent += tensor.numel() * tensor.element_size() * (size - 1) // size
-
-
-def fp32_sum(received: Tensor) -> Tensor:
-    """The sum over the first dimension of what :meth:`Communicator.reduce_scatter` received.
-
-    :returns: 1-D, fp32, also where reductions travel in a narrower type.
-    """
-    return received.sum(0, dtype=torch.float32)

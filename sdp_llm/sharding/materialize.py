@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.sharding.arrival import wait_before_use
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.groups import OwnerGroups, create_owner_groups
 from sdp_llm.sharding.unit import Unit
@@ -30,6 +31,11 @@ class ShardedModel:
     def owned(self) -> tuple[Unit, ...]:
         """The units that this rank trains."""
         return tuple(unit for unit in self.units if unit.is_owner)
+
+    def wait(self) -> None:
+        """Return when the weights of all units may be used."""
+        for unit in self.units:
+            unit.wait()
 
 
 def materialize(
@@ -75,6 +81,7 @@ def materialize(
     if subnetwork.given is not None:
         subnetwork.given.clear()
     subnetwork.model.to(device)  # the buffers; every parameter is there already
+    wait_before_use(subnetwork.model, units)
     return ShardedModel(subnetwork, tuple(units), Communicator(device, communication_dtype), stage)
 
 

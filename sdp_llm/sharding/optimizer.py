@@ -60,6 +60,7 @@ class ShardedOptimizer:
     :param inner: on the groups of :func:`parameter_groups`.
     :param max_norm: clip the global gradient norm to this (0: never).
     :param deliver: True where ranks store units they do not own (backward masking).
+    :param overlap: False waits for the weights at the end of each step (``overlap_comm``).
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ShardedOptimizer:
         stage: int,
         max_norm: float,
         deliver: bool,
+        overlap: bool = True,
     ) -> None:
         self.units = units
         self.owned = [unit for unit in units if unit.is_owner]
@@ -83,6 +85,7 @@ class ShardedOptimizer:
         self._stage = stage
         self._max_norm = max_norm
         self._deliver = deliver
+        self._overlap = overlap
         self._world = dist.group.WORLD if dist.get_world_size() > 1 else None
 
     @property
@@ -121,17 +124,21 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def distribute_weights(self) -> None:
-        """Bring the masters of all owners into the weights of every rank that stores them."""
+        """Bring the masters of all owners into the weights of every rank that stores them.
+
+        With ``overlap`` they are under way when this returns: who reads a unit waits for it.
+        """
         for unit in self.owned:
             unit.cast_masters()
-        under_way = []
         for unit in self.units:
+            weights = unit.flat
             if self._stage > 0 and unit.is_owner and unit.group is not None:
-                under_way.append(self._communicator.all_gather(unit.flat, unit.group))
+                unit.expect(self._communicator.all_gather(weights, unit.group))
             if self._deliver and self._world is not None:
-                under_way.append(self._communicator.deliver(unit.flat, unit.owners, self._world))
-        for pending in under_way:
-            pending.wait()
+                unit.expect(self._communicator.deliver(weights, unit.owners, self._world))
+        if not self._overlap:
+            for unit in self.units:
+                unit.wait()
 
     def state_dict(self) -> dict[str, Any]:
         raise RuntimeError(

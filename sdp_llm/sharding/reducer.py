@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sdp_llm.sharding.collectives import Communicator, Pending, fp32_sum
+from sdp_llm.sharding.buffers import Buffers
+from sdp_llm.sharding.collectives import Communicator, Pending
 from sdp_llm.sharding.cursor import LaunchCursor
 from sdp_llm.sharding.unit import Unit
 
@@ -41,6 +42,7 @@ class GradientReducer:
         self._stage = stage
         self._overlap = overlap
         self._cursor = LaunchCursor([len(unit.layout.parameters) for unit in units])
+        self._buffers = Buffers()
         self._collected: dict[int, Tensor] = {}
         self._under_way: Callable[[], None] | None = None
         self._is_active = self._is_reducing = False
@@ -65,6 +67,7 @@ class GradientReducer:
             for u in self._cursor.finish():
                 self._launch(u)
             self._complete()
+            self._buffers.clear()
         self._is_active = False
 
     def _on_gradient(self, u: int, i: int, parameter: Tensor) -> None:
@@ -96,8 +99,9 @@ class GradientReducer:
     def _staging(self, u: int) -> Tensor:
         if u not in self._collected:
             flat = self._units[u].flat
-            self._collected[u] = torch.empty_like(flat, dtype=self._communicator.dtype)
-            self._collected[u][self._units[u].layout.numel :] = 0
+            staging = self._buffers.take(flat.numel(), flat, self._communicator.dtype)
+            staging[self._units[u].layout.numel :] = 0
+            self._collected[u] = staging
         return self._collected[u]
 
     def _launch(self, u: int) -> None:
@@ -113,8 +117,10 @@ class GradientReducer:
             del self._collected[u]
         else:
             send = unit.grad.to(self._communicator.dtype)
-        received, pending = self._communicator.reduce_scatter(send, unit.group)
-        self._under_way = partial(self._receive, unit, send, received, pending)
+        numel = self._communicator.received_numel(send.numel(), unit.group)
+        received = self._buffers.take(numel, send, send.dtype)
+        summands, pending = self._communicator.reduce_scatter(send, received, unit.group)
+        self._under_way = partial(self._receive, unit, send, received, summands, pending)
         if not self._overlap:
             self._complete()
 
@@ -124,14 +130,27 @@ class GradientReducer:
             self._under_way()
             self._under_way = None
 
-    def _receive(self, unit: Unit, send: Tensor, received: Tensor, pending: Pending) -> None:
-        # ``send`` is an argument so that it lives until the wait.
+    def _receive(
+        self,
+        unit: Unit,
+        send: Tensor,
+        received: Tensor,
+        summands: Sequence[Tensor],
+        pending: Pending,
+    ) -> None:
         pending.wait()
-        mean = fp32_sum(received).div_(len(unit.owners))
+        own, share = unit.shard_grad, 1 / len(unit.owners)
         if self._stage == 2:
-            unit.grad += mean
+            for summand in summands:
+                own.add_(summand.to(torch.float32), alpha=share)
+            self._buffers.give(send)
+            self._buffers.give(received)
             return
-        unit.shard_grad.copy_(mean)
+        own.copy_(summands[0])
+        for summand in summands[1:]:
+            own += summand.to(torch.float32)
+        own *= share
+        self._buffers.give(received)
         unit.is_averaged = True
         if self._stage == 0:
             assert unit.group is not None

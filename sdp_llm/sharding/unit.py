@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdp_llm.sharding.collectives import Pending
 from sdp_llm.subnetwork.adapter import UnitLayout
 
 
@@ -33,7 +34,8 @@ class Unit:
     """The weights of one unit, and on an owner its shard of gradient and optimizer state.
 
     ``flat`` (1-D, weights' dtype) holds the unit's parameters one after the other, zero-padded to
-    a multiple of ``p``. An owner has besides
+    a multiple of ``p``; whoever asks for it gets it when all of it has arrived. An owner has
+    besides
 
     - ``master`` (1-D, fp32): what the optimizer updates: all of ``flat`` at stage 0, this rank's
       shard of it otherwise. Where the weights are fp32 it is a view of ``flat``.
@@ -70,7 +72,8 @@ class Unit:
         p = len(self.owners)
         shard_numel = -(-layout.numel // p)
         whole = slice(0, shard_numel * p)
-        self.flat = self._filled(values, whole, dtype, device)
+        self._arriving: list[Pending] = []
+        self._flat = self._filled(values, whole, dtype, device)
         if not self.is_owner:
             return
         first = self.owners.index(rank) * shard_numel
@@ -83,6 +86,20 @@ class Unit:
         self.grad = torch.zeros_like(kept, dtype=torch.float32)
         self.is_averaged = False
         self.slices = tuple(self._parameter_slices())
+
+    @property
+    def flat(self) -> Tensor:
+        self.wait()
+        return self._flat
+
+    def expect(self, pending: Pending) -> None:
+        """Note that a collective under way fills ``flat``."""
+        self._arriving.append(pending)
+
+    def wait(self) -> None:
+        """Return when the weights may be used by what is computed next."""
+        while self._arriving:
+            self._arriving.pop(0).wait()
 
     def views(self) -> dict[str, Tensor]:
         """Each parameter's view into ``flat``, by global name."""

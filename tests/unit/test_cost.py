@@ -154,9 +154,10 @@ def test_literals_of_one_example() -> None:
     assert cost.memory.gradients == 4 * 780
     assert cost.memory.optimizer == 12 * 780
     # Block 7 comes in while the head's buffers are under way on gloo: one parameter's gradient
-    # and what is collected, then what the head sent and received and its fp32 sum.
-    head_under_way = 2 * 720 + 2 * 720 + 4 * 720 // 4
-    head_launched = 2 * 700 + 2 * 720 + 2 * 720
+    # and what is collected, then what the head sent and received (the slices of the three other
+    # owners), one of them in fp32 to be added.
+    head_under_way = 2 * 720 + 2 * 540 + 4 * 180
+    head_launched = 2 * 700 + 2 * 720 + 2 * 540
     assert cost.memory.transient == max(head_launched, 2 * 120 + 2 * 240 + head_under_way)
     assert cost.memory.activations == 5000 + 70 + 5 * 1000
     assert cost.memory.total == 4800 + 3120 + 9360 + cost.memory.transient + 10070
@@ -189,18 +190,18 @@ def test_fp32_gradients_are_sent_from_their_place(stage: int) -> None:
     fp32 = rank_memory(_model(8), EVEN, CostSetup(stage=stage), 0)
     narrow = rank_memory(_model(8), EVEN, CostSetup(stage=stage, reduction_bytes=2), 0)
     # The head: its largest gradient, what gloo receives, and the bf16 copy that is sent.
-    assert fp32.transient == 4 * 700 + 4 * 720
-    assert narrow.transient == 4 * 700 + 2 * 720 + 2 * 720
-    # Waited for at once, its fp32 shard is there as well, and at stage 0 a second copy.
+    assert fp32.transient == 4 * 700 + 4 * 540
+    assert narrow.transient == 4 * 700 + 2 * 540 + 2 * 720
+    # Waited for at once, a slice in fp32 is there as well, and at stage 0 a second copy.
     setup = CostSetup(stage=stage, reduction_bytes=2, overlap=False)
     waited = rank_memory(_model(8), EVEN, setup, 0)
-    assert waited.transient == 4 * 700 + 2 * 720 + (2 - stage) * 2 * 720 + 720
+    assert waited.transient == 4 * 700 + 2 * 540 + (2 - stage) * 2 * 720 + 4 * 180
 
 
 def test_nccl_receives_only_the_shard() -> None:
     setup = CostSetup(stage=2, overlap=False, backend="nccl")
     memory = rank_memory(_model(8), EVEN, setup, 0)
-    assert memory.transient == 4 * 700 + 4 * 720 + 720 + 720
+    assert memory.transient == 4 * 700 + 4 * 720 + 4 * 180
 
 
 @pytest.mark.parametrize("max_piece", [240, 120])
@@ -209,7 +210,7 @@ def test_overlap_keeps_the_unit_under_way_while_the_next_is_collected(max_piece:
     pieces = [UnitSize(b, max_piece, 100) for b in range(8) for _ in range(240 // max_piece)]
     size = replace(_model(8), units=(UnitSize(None, 8, 4), *pieces, UnitSize(None, 8, 4)))
     plan = make_plan(4, 8, coverage=Fraction(1))
-    launched = 4 * max_piece + 4 * max_piece // 4  # received, and the fp32 shard
+    launched = 4 * max_piece * 3 // 4  # received: the slices of three others
     alone = rank_memory(size, plan, CostSetup(stage=2, overlap=False), 0)
     assert alone.transient == 4 * 100 + 4 * 240 + launched
     overlapped = rank_memory(size, plan, CostSetup(stage=2), 0)
