@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
-import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -29,6 +25,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import Case, tokens_of_step, train_step
+from benchmarks._network import loopback_bytes, run_in_namespace, why_no_namespace
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.engine import initialize
@@ -59,57 +56,6 @@ def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
     engine.destroy()
     interface, collectives = (end - start for start, end in zip(*marks, strict=True))
     return {"interface": interface, "collectives": collectives}
-
-
-def loopback_bytes() -> int:
-    """Bytes that the loopback interface of this process's network namespace has sent."""
-    lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
-    counters = next(line for line in lines if line.lstrip().startswith("lo:")).split(":")[1]
-    return int(counters.split()[8])  # 8 columns of what was received, then the bytes sent
-
-
-def why_no_namespace() -> str | None:
-    """None where a network namespace can be made; otherwise the reason, one line."""
-    if sys.platform != "linux":
-        return "network namespaces need Linux"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return "network namespaces need the command ip (package iproute2), which is not installed"
-    try:
-        with network_namespace() as name:
-            subprocess.run(["ip", "netns", "exec", name, "true"], check=True, capture_output=True)
-    except subprocess.CalledProcessError as error:
-        return f"no network namespace: {error.stderr.decode().strip().splitlines()[0]}"
-    return None
-
-
-@contextmanager
-def network_namespace() -> Iterator[str]:
-    """The name of a new network namespace whose loopback interface is up; removed at the end."""
-    name = f"sdp-{os.getpid()}-{secrets.token_hex(4)}"
-    subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
-    try:
-        up = ["ip", "netns", "exec", name, "ip", "link", "set", "lo", "up"]
-        subprocess.run(up, check=True, capture_output=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-def run_in_namespace(command: Sequence[str]) -> int:
-    """Run a command in a network namespace of its own, also removed when interrupted.
-
-    :returns: its exit status.
-    """
-    with network_namespace() as name:
-        process = subprocess.Popen(["ip", "netns", "exec", name, *command])
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
 
 
 def _run_case(case: Case, model: PretrainedConfig, steps: int, is_counted: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.traffic import network_namespace, run_in_namespace, why_no_namespace
+from benchmarks._network import network_namespace, run_in_namespace, why_no_namespace
 from tests.conftest import ROOT
 
 SCRIPT = [sys.executable, "benchmarks/traffic.py", "--model", "configs/model/llama_10m.json"]
