@@ -22,14 +22,13 @@ GIB = 2**30
 
 def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Where, from what and how the numbers of this process were made."""
-    arguments = [a for a in sys.argv[1:] if a != "--in_namespace"]
     cores = len(os.sched_getaffinity(0))
     memory = round(psutil.virtual_memory().total / GIB)
     return {
         "hardware": f"{cores}-core {platform.machine()} CPU, {memory} GiB",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "commit": _commit(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

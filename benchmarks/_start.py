@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks._case import LEARNING_RATE, MAX_NORM
 from benchmarks._systems import CHECKPOINTING, SDP, UNSHARDED, System, Workload
+from benchmarks.storages import engine_members, state_tensors
 from sdp_llm.engine import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.subnetwork.adapter import find_blocks
@@ -32,7 +34,7 @@ class Running:
     ``forward`` gives a micro-batch's summed loss, ``backward`` takes its share of the step's loss;
     both know whether it is the last of the step, which ends with an update. Gradients live until
     the ``zero_grad`` of the next step. ``members`` are the tensors that hold weights, gradients
-    and optimizer state.
+    and optimizer state. ``wait`` ends what goes on after a step.
     """
 
     zero_grad: Callable[[], None]
@@ -40,6 +42,7 @@ class Running:
     backward: Callable[[Tensor, bool], None]
     members: Callable[[], Members]
     close: Callable[[], None]
+    wait: Callable[[], None] = lambda: None
 
     def train_step(self, tokens: Tensor, after_forward: Callable[[], None] | None = None) -> None:
         """One optimizer step.
@@ -85,17 +88,13 @@ def _start_sdp(system: System, workload: Workload, model: PretrainedConfig) -> R
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
 
-    def members() -> Members:
-        units = engine.sharded.units
-        owned = [unit for unit in units if unit.is_owner]
-        return {
-            "weights": [unit.flat for unit in units],
-            "gradients": [unit.grad for unit in owned],
-            "optimizer": [*(u.master for u in owned), *_state(engine.basic_optimizer)],
-        }
-
     return Running(
-        _nothing, lambda sample, _: summed_loss(engine, sample), backward, members, engine.destroy
+        _nothing,
+        lambda sample, _: summed_loss(engine, sample),
+        backward,
+        partial(engine_members, engine),
+        engine.destroy,
+        engine.wait_for_weights,
     )
 
 
@@ -131,7 +130,7 @@ def _start_ddp(system: System, workload: Workload, config: PretrainedConfig) -> 
 
     def members() -> Members:
         gradients = [p.grad for p in (*parameters, *masters) if p.grad is not None]
-        optimizer_state = [*_state(optimizer), *(masters if workload.is_bf16 else ())]
+        optimizer_state = [*state_tensors(optimizer), *(masters if workload.is_bf16 else ())]
         return {"weights": [*parameters], "gradients": gradients, "optimizer": optimizer_state}
 
     return Running(ddp.zero_grad, forward, backward, members, _nothing)
@@ -187,7 +186,7 @@ def _start_zero(stage: int, workload: Workload, config: PretrainedConfig) -> Run
         return {
             "weights": weights,
             "gradients": gradients,
-            "optimizer": [*optimised, *_state(zero.optimizer)],
+            "optimizer": [*optimised, *state_tensors(zero.optimizer)],
         }
 
     return Running(
@@ -217,7 +216,7 @@ def _start_fsdp2(is_resharding: bool, workload: Workload, config: PretrainedConf
         return {
             "weights": [_local(p) for p in parameters],
             "gradients": [_local(p.grad) for p in parameters if p.grad is not None],
-            "optimizer": [_local(value) for value in _state(optimizer)],
+            "optimizer": [_local(value) for value in state_tensors(optimizer)],
         }
 
     return Running(
@@ -227,11 +226,6 @@ def _start_fsdp2(is_resharding: bool, workload: Workload, config: PretrainedConf
 
 def _nothing() -> None:
     """DeepSpeed's engines zero their gradients themselves, and the others close with the ranks."""
-
-
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _local(tensor: Tensor) -> Tensor:

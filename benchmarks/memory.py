@@ -21,7 +21,7 @@ from benchmarks._case import Case, tokens_of_step, train_step
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
-from benchmarks.storages import MODEL_STATE, sort_storages
+from benchmarks.storages import MODEL_STATE, engine_members, sort_storages
 from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.cost import rank_memory, rank_traffic
@@ -57,7 +57,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
                 train_step(engine, tokens)
         del tokens
         training_peak, alive = tracker.total_peak, tracker.live.total()
-    found = sort_storages(engine)
+    found = sort_storages(engine_members(engine))
     result = asdict(found) | {
         "total": found.total,
         "others": [list(entry) for entry in found.others[:5]],

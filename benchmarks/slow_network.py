@@ -64,6 +64,7 @@ def measure(
         sent, begin = interface_bytes(), time.perf_counter()
         for tokens in batches[1:]:
             running.train_step(tokens)
+        running.wait()
         seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         found.append((seconds.item() / steps, (interface_bytes() - sent) / steps))

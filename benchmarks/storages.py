@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,27 +48,16 @@ def live_storages() -> dict[StorageKey, Tensor]:
     return found
 
 
-def sort_storages(engine: SDPEngine) -> SortedStorages:
+def sort_storages(members: Mapping[str, Iterable[Tensor]]) -> SortedStorages:
     """Sort what :func:`live_storages` finds between steps.
 
-    Weights are the units' ``flat``, gradients their ``grad``; optimizer is their masters and the
-    optimizer's state. Where a master is a view of the weights it counts as weights.
+    :param members: tensors of each of :data:`MODEL_STATE`. A storage that belongs to several
+        counts for the first: where masters are views of the weights, as weights.
     """
-    units = engine.sharded.units
-    owned = [unit for unit in units if unit.is_owner]
-    state = engine.basic_optimizer.state.values()
-    members: dict[str, Iterable[Tensor]] = {
-        "weights": [unit.flat for unit in units],
-        "gradients": [unit.grad for unit in owned],
-        "optimizer": [
-            *(unit.master for unit in owned),
-            *(value for values in state for value in values.values() if torch.is_tensor(value)),
-        ],
-    }
     remaining = {key: (t.untyped_storage().nbytes(), t) for key, t in live_storages().items()}
     counts = dict.fromkeys(MODEL_STATE, 0)
-    for category, tensors in members.items():
-        for tensor in tensors:
+    for category in MODEL_STATE:
+        for tensor in members[category]:
             key = _key(tensor)
             if key in remaining:
                 counts[category] += remaining.pop(key)[0]
@@ -76,6 +65,23 @@ def sort_storages(engine: SDPEngine) -> SortedStorages:
         ((size, tuple(t.shape), str(t.dtype)) for size, t in remaining.values()), reverse=True
     )
     return SortedStorages(**counts, other=sum(size for size, *_ in others), others=tuple(others))
+
+
+def engine_members(engine: SDPEngine) -> dict[str, list[Tensor]]:
+    """Weights are the units' ``flat``, gradients their ``grad``, optimizer masters and moments."""
+    units = engine.sharded.units
+    owned = [unit for unit in units if unit.is_owner]
+    return {
+        "weights": [unit.flat for unit in units],
+        "gradients": [unit.grad for unit in owned],
+        "optimizer": [*(unit.master for unit in owned), *state_tensors(engine.basic_optimizer)],
+    }
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors in an optimizer's state."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _live_tensors() -> Iterator[Tensor]:

@@ -10,11 +10,11 @@ bytes are counted where collectives are issued, and marked so.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import Case, tokens_of_step, train_step
-from benchmarks._network import loopback_bytes, run_in_namespace, why_no_namespace
+from benchmarks._network import counted_network, enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.engine import initialize
@@ -34,7 +34,6 @@ from sdp_llm.plan.cost import rank_traffic
 from sdp_llm.subnetwork.measure import load_model_config
 
 MIB = 2**20
-IN_NAMESPACE = "--in_namespace"  # not for people: this process is inside already
 
 
 def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
@@ -50,6 +49,7 @@ def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
     for step in range(1 + steps):
         train_step(engine, tokens_of_step(case, vocabulary, step))
         if step in (0, steps):
+            engine.wait_for_weights()
             dist.barrier()
             marks.append((loopback_bytes(), communicator.bytes_sent))
             dist.barrier()  # nobody goes on before all have read
@@ -58,15 +58,18 @@ def measure(case: Case, model: PretrainedConfig, steps: int) -> dict[str, int]:
     return {"interface": interface, "collectives": collectives}
 
 
-def _run_case(case: Case, model: PretrainedConfig, steps: int, is_counted: bool) -> dict[str, Any]:
+def _run_case(
+    case: Case, model: PretrainedConfig, steps: int, network: str | None
+) -> dict[str, Any]:
     """Bytes per rank and step of one case."""
-    found = run_ranks(case.world_size, measure, case, model, steps)
+    prepare = partial(enter_loopback, network)
+    found = run_ranks(case.world_size, measure, case, model, steps, prepare=prepare)
     size, plan, setup = case.closed_form(model)
     predicted = [rank_traffic(size, plan, setup, rank) for rank in range(case.world_size)]
     mean = sum(predicted) / case.world_size
     collectives = [rank["collectives"] / steps for rank in found]
     sent = sum(collectives) / case.world_size
-    if is_counted:
+    if network is not None:
         sent = found[0]["interface"] / steps / case.world_size
     return {
         "case": asdict(case),
@@ -101,31 +104,30 @@ _BY_INTERFACE = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure every case, inside the namespace where there is one, and write the tables."""
+    """Measure every case, in a network of its own where there can be one, and write the tables."""
     model = load_model_config(arguments.model)
-    is_counted = arguments.in_namespace
-    if is_counted:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dtypes = (False, True) if arguments.bf16 else (False,)
     results = []
-    for masking, is_bf16, stage, accumulation in product(
-        arguments.masking, dtypes, arguments.stages, arguments.accumulation
-    ):
-        case = Case(
-            arguments.world_size,
-            arguments.coverage,
-            stage,
-            masking,
-            is_bf16,
-            accumulation,
-            sequence_length=16,
-        )
-        results.append(_run_case(case, model, arguments.steps, is_counted))
-        print(_table(results[-1:]).splitlines()[-1], flush=True)
+    with counted_network("traffic") as network:
+        for masking, is_bf16, stage, accumulation in product(
+            arguments.masking, dtypes, arguments.stages, arguments.accumulation
+        ):
+            case = Case(
+                arguments.world_size,
+                arguments.coverage,
+                stage,
+                masking,
+                is_bf16,
+                accumulation,
+                sequence_length=16,
+            )
+            results.append(_run_case(case, model, arguments.steps, network))
+            print(_table(results[-1:]).splitlines()[-1], flush=True)
+    is_counted = network is not None
     name = Path(arguments.model).stem
     method = _BY_INTERFACE.format(steps=arguments.steps)
     if not is_counted:
-        method = f"NOT counted by an interface ({arguments.reason}) but where collectives start"
+        method = "NOT counted by an interface but where collectives start"
     text = f"{_ABOUT.format(method=method)}\n\n{_table(results)}"
     print(f"\n{text}")
     title = f"Traffic of {name}, {arguments.world_size} ranks, C = {arguments.coverage}"
@@ -149,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="measure bf16 weights too")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps that are counted")
     parser.add_argument("--output", required=True, help="JSON file; a .md is written beside it")
-    parser.add_argument(IN_NAMESPACE, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -158,12 +159,6 @@ def main() -> int:
     # Otherwise the process would end without removing its namespace.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if not arguments.in_namespace:
-            arguments.reason = why_no_namespace()
-            if arguments.reason is None:
-                command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-                return run_in_namespace([*command, IN_NAMESPACE])
-            print(f"traffic: {arguments.reason}; counting at the collectives", file=sys.stderr)
         run(arguments)
     except ConfigError as error:
         print(f"traffic: error: {error}", file=sys.stderr)
