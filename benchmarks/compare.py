@@ -1,0 +1,166 @@
+"""Measure memory and traffic of data parallelism of several kinds, next to the closed forms.
+
+python benchmarks/compare.py --model configs/model/llama_60m.json --output docs/results/compare.json
+
+Every system runs in fresh processes, all of them in a network namespace whose loopback interface
+counts the bytes, where one can be made (Linux, root, `ip`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
+
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from benchmarks import _compare_page
+from benchmarks._case import tokens_of_step
+from benchmarks._network import counted_network, enter_loopback, loopback_bytes
+from benchmarks._ranks import run_ranks
+from benchmarks._record import write_results
+from benchmarks._start import start
+from benchmarks._systems import PEERS, System, Workload, closed_form, parse_system
+from benchmarks.allocator import record_allocations
+from benchmarks.resident import reset_resident_peak, resident_now, resident_peak
+from benchmarks.storages import sort_storages
+from sdp_llm.errors import ConfigError
+from sdp_llm.subnetwork.measure import load_model_config
+
+SDP_SYSTEMS = tuple(
+    f"sdp:{coverage}:{masking}:{stage}"
+    for coverage in ("1", "3/4", "1/2", "1/4")
+    for masking in ("forward", "backward")
+    for stage in (1, 2)
+    if coverage != "1" or masking == "forward"
+)
+# DeepSpeed's engine makes its buffers, and every optimizer its moments, in the first step.
+WARM_UP = 2
+
+
+def measure(
+    system: System, workload: Workload, model: PretrainedConfig, steps: int
+) -> dict[str, Any]:
+    """Run on a rank: bytes of memory in a step, and the bytes that all ranks sent in ``steps``.
+
+    ``state`` are the storages that live between steps by category; ``activations`` what the
+    forward pass adds to them until the backward pass starts; ``peak`` the most of all storages.
+    ``resident`` is the peak resident size above that before building, None where the system does
+    not say; ``built`` the peak while building.
+    """
+    baseline = resident_now()
+    running = start(system, workload, model)
+    case, vocabulary = workload.case(system), model.get_text_config().vocab_size
+    built = resident_peak() - baseline
+    for step in range(WARM_UP):
+        running.train_step(tokens_of_step(case, vocabulary, step))
+    running.wait()
+    batch = tokens_of_step(case, vocabulary, WARM_UP)
+    is_reset = reset_resident_peak()
+    running.train_step(batch)
+    running.wait()
+    resident = resident_peak() - baseline if is_reset else None
+    found = sort_storages(running.members())
+
+    def step_and_wait(mark: Any) -> None:
+        running.train_step(batch, mark)
+        running.wait()
+
+    allocated = record_allocations(step_and_wait)
+    dist.barrier()
+    sent = loopback_bytes()
+    dist.barrier()  # nobody sends before all have read
+    for _ in range(steps):
+        running.train_step(batch)
+    running.wait()
+    dist.barrier()
+    sent = loopback_bytes() - sent
+    dist.barrier()
+    running.close()
+    return {
+        "state": {"weights": found.weights, "gradients": found.gradients}
+        | {"optimizer": found.optimizer, "other": found.other},
+        "others": [list(entry) for entry in found.others[:5]],
+        "activations": allocated.at_mark,
+        "peak": found.total + allocated.peak,
+        "resident": resident,
+        "built": built,
+        "sent": sent,
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every system and write the tables and the picture.
+
+    :raises ConfigError: for a model or a system that does not exist.
+    """
+    model = load_model_config(arguments.model)
+    workload = Workload(arguments.world_size, arguments.sequence_length, arguments.bf16)
+    systems = [parse_system(text) for text in arguments.systems]
+    results = []
+    with counted_network("compare") as network:
+        for system in systems:
+            prepare = partial(enter_loopback, network)
+            call = (system, workload, model, arguments.steps)
+            ranks = run_ranks(workload.world_size, measure, *call, prepare=prepare)
+            is_counted = network is not None
+            sent = ranks[0]["sent"] / arguments.steps / workload.world_size if is_counted else None
+            results.append(
+                {
+                    "system": str(system),
+                    "is_sdp": system.kind == "SDP",
+                    "ranks": ranks,
+                    "sent": sent,
+                    "closed_form": asdict(closed_form(system, workload, model)),
+                }
+            )
+            print(_compare_page.line(results[-1]), flush=True)
+    name = Path(arguments.model).stem
+    text = _compare_page.page(results, workload, arguments.steps)
+    print(f"\n{text}")
+    picture = arguments.output.with_suffix(".png")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    if _compare_page.draw(results, picture):
+        text = f"![memory and traffic]({picture.name})\n\n{text}"
+    content = {"model": name, "workload": asdict(workload), "results": results}
+    title = f"Memory and traffic of {name}, {workload.world_size} ranks, {workload.dtype}"
+    write_results(arguments.output, title, text, content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="compare", description=__doc__)
+    parser.add_argument("--model", default="configs/model/llama_60m.json", help="a HF config")
+    parser.add_argument("--world_size", type=int, default=4, help="number of gloo ranks")
+    parser.add_argument("--sequence_length", type=int, default=128, help="tokens per rank and step")
+    parser.add_argument("--bf16", action="store_true", help="bf16 weights and messages")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps that are counted")
+    parser.add_argument("--systems", nargs="+", default=[*PEERS, *SDP_SYSTEMS], help="to compare")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON; a .md and a .png are beside it"
+    )
+    # Otherwise the process would end without removing its namespace.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no lines about starting and stopping
+    try:
+        run(parser.parse_args(arguments))
+    except ConfigError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare: interrupted, no output written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
