@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import PretrainedConfig
 
 from benchmarks._case import tokens_of_step
 from benchmarks._ranks import run_ranks
+from benchmarks._resident import reset_peak, resident
 from benchmarks._start import start
 from benchmarks._systems import SDP, System, Workload, closed_form
 from benchmarks.storages import MODEL_STATE, live_storages
@@ -32,7 +31,7 @@ def measure(
     before building, None where the peak cannot be reset. ``interface`` is what all ranks together
     sent in the steps after the first, ``collectives`` this rank as the library counts it (SDP).
     """
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     running = start(system, workload, model)
     case = workload.case(system)
     vocabulary = model.get_text_config().vocab_size
@@ -40,12 +39,12 @@ def measure(
     for step in range(1 + steps):
         running.train_step(tokens_of_step(case, vocabulary, step))
         if step == 0:
-            is_reset = _reset_peak()
+            is_reset = reset_peak()
         if step in (0, steps):
             dist.barrier()
             marks.append((loopback_bytes(), _collective_bytes()))
             dist.barrier()  # nobody goes on before all have read
-    peak = _resident("VmHWM") - before if is_reset else None
+    peak = resident("VmHWM") - before if is_reset else None
     live = {key: tensor.untyped_storage().nbytes() for key, tensor in live_storages().items()}
     members = running.members()
     kept = {_key(tensor) for name in MODEL_STATE for tensor in members[name]}
@@ -123,21 +122,3 @@ def _collective_bytes() -> int:
 
 def _key(tensor: torch.Tensor) -> tuple[str, int]:
     return str(tensor.device), tensor.untyped_storage().data_ptr()
-
-
-def _resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) * 1024  # Linux counts in KiB
-
-
-def _reset_peak() -> bool:
-    """Forget the peak of the resident set so far, as far as the system lets us."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what building freed but glibc keeps
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
-        return False
-    return True

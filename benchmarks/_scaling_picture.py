@@ -14,6 +14,9 @@ from benchmarks._record import GIB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MIB = 2**20
+# Peers that coincide are drawn one over the other, the first one widest.
+PEER_WIDTHS = {"DDP": 4.5, "ZeRO-2": 2.4, "ZeRO-3": 4.0}
 PEER_COLORS = {
     "DDP": "#222222",
     "ZeRO-2": "#8c8c8c",
@@ -56,7 +59,7 @@ def draw(
 def _draw_measured(row: Any, model: str, results: Sequence[dict[str, Any]]) -> None:
     by_system = series(results)
     colors = _colors(by_system)
-    panels = (("state", "model state", GIB, "GiB"), ("sent", "sent per step", 1e9, "GB"))
+    panels = (("state", "model state", MIB, "MiB"), ("sent", "sent per step", MIB, "MiB"))
     for axes, (name, what, unit, label) in zip(row, panels, strict=False):
         for system, found in by_system.items():
             form = {n: result["closed_form"][name] / unit for n, result in found.items()}
@@ -74,6 +77,8 @@ def _draw_measured(row: Any, model: str, results: Sequence[dict[str, Any]]) -> N
 def _draw_predicted(
     row: Any, model: str, entries: Sequence[dict[str, Any]], clusters: Sequence[str]
 ) -> None:
+    from matplotlib.ticker import NullFormatter
+
     by_system = series(entries)
     colors = _colors(by_system)
     panels = [("memory", f"{model}: memory", "GiB per rank", lambda e: e["memory"] / GIB)]
@@ -90,10 +95,14 @@ def _draw_predicted(
             style = "--" if system.endswith(BY_NODE) else "-"
             values = [value(entry) for entry in found.values()]
             color = colors[system.removesuffix(BY_NODE)]
-            axes.plot(list(found), values, style, color=color, lw=1.3, label=system)
+            width = PEER_WIDTHS.get(system, 1.3)
+            axes.plot(list(found), values, style, color=color, lw=width, label=system)
         _dress(axes, title, label, sizes)
-        axes.set_yscale("log" if name in clusters else "linear")
-        if name not in clusters:
+        if name in clusters:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
             axes.set_ylim(bottom=0)
 
 

@@ -55,7 +55,7 @@ def measured_table(results: Sequence[dict[str, Any]]) -> str:
         shares = ["-" if ratio is None else f"{ratio:.3f}" for ratio in ratios.values()]
         row = [*cells[:2], shares[0], *cells[2:5], shares[1], *cells[5:], shares[2]]
         rows.append([result["system"], str(result["world_size"]), *row])
-    header = ["system", "n", "state", "closed form", "ratio", "all storages", "resident peak"]
+    header = ["system", "ranks", "state", "closed form", "ratio", "all storages", "resident peak"]
     header += ["closed form's total", "ratio", "sent", "closed form", "ratio"]
     return markdown_table(header, rows)
 
