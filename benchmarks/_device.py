@@ -12,7 +12,8 @@ from benchmarks._resident import reset_peak, resident
 from sdp_llm.training.environment import device_type
 
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
-MATMUL_SECONDS = 0.5  # at least so long for each size
+MATMUL_SECONDS = 0.3  # at least so long for each size
+SLOWEST_MATMUL = 2.0  # seconds: larger sizes are left out where a product would take longer
 
 
 class Device:
@@ -62,15 +63,26 @@ class Device:
     def matmul_ceiling(self, dtype: torch.dtype) -> float | None:
         """The largest throughput of products of square matrices, operations per second.
 
-        None where this device has no such product.
+        As they lie or one transposed, as in linear layers: kernels differ much. None where this
+        device has no such product.
         """
         try:
-            return max(self._matmul(size, dtype) for size in MATMUL_SIZES[self.torch.type])
+            return max(self._largest(dtype, is_transposed) for is_transposed in (True, False))
         except (KeyError, RuntimeError):
             return None
 
-    def _matmul(self, size: int, dtype: torch.dtype) -> float:
+    def _largest(self, dtype: torch.dtype, is_transposed: bool) -> float:
+        best = 0.0
+        for size in MATMUL_SIZES[self.torch.type]:
+            if best and 2.0 * size**3 / best > SLOWEST_MATMUL:
+                break
+            best = max(best, self._matmul(size, dtype, is_transposed))
+        return best
+
+    def _matmul(self, size: int, dtype: torch.dtype, is_transposed: bool) -> float:
         a, b = (torch.randn(size, size, device=self.torch).to(dtype) for _ in range(2))
+        if is_transposed:
+            b = b.T
         out = torch.empty_like(a)
         torch.matmul(a, b, out=out)
         shortest, spent = float("inf"), 0.0

@@ -237,7 +237,7 @@ def run(arguments: argparse.Namespace) -> None:
         for found, setting in zip(repeats, settings, strict=True):
             found.append(measure(setting, arguments, device))
             print(f"repeat {repeat + 1}: {setting}", flush=True)
-        ceilings.append(device.matmul_ceiling(dtype))
+    ceilings.append(device.matmul_ceiling(dtype))
     known = [value for value in ceilings if value is not None]
     ceiling = max(known, default=None)
     results = [
