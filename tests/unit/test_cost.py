@@ -18,7 +18,7 @@ from sdp_llm.plan.cost import (
     sdp_cost,
     steps_for_dense_flops,
 )
-from sdp_llm.plan.peers import PEERS, dense_flops_per_token, peer_cost
+from sdp_llm.plan.peers import PEERS, UNSHARDED, dense_flops_per_token, peer_cost
 from sdp_llm.plan.size import BlockSize, CostSetup, ModelSize, UnitSize, setup_from_config
 
 EMBEDDING, BLOCK, HEAD = 480, 240, 720
@@ -243,14 +243,29 @@ def test_peers_per_parameter(w: int) -> None:
         "ZeRO-2": w + 4 / n + (master + 8) / n,
         "ZeRO-3": (w + 4 + master + 8) / n,
         "FSDP2": (4 + 4 + 8) / n,
+        UNSHARDED: (4 + 4 + 8) / n,
     }
     elements = {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": A + 1, "ZeRO-3": 3 * A, "FSDP2": 3 * A}
+    elements |= {UNSHARDED: 2 * A}
     for peer in PEERS:
         cost = peer_cost(_model(8), n, setup, peer)
         assert cost.memory.model_state == pytest.approx(state[peer] * P)
         assert cost.traffic.mean == pytest.approx(w * elements[peer] * (n - 1) / n * P)
         assert cost.memory.activations == 5070 + 8 * 1000
     assert peer_cost(_model(8), n, setup, "ZeRO-3").memory.transient == 4 * w * 720
+
+
+@pytest.mark.parametrize(("w", "r"), [(4, 4), (2, 2), (2, 4)])
+def test_without_resharding_weights_are_gathered_once_and_whole(w: int, r: int) -> None:
+    setup = CostSetup(weight_bytes=w, reduction_bytes=r, accumulation=3)
+    size = _model(8)
+    kept, resharded = (peer_cost(size, 4, setup, peer) for peer in (UNSHARDED, "FSDP2"))
+    assert UNSHARDED == "FSDP2, no resharding"
+    assert kept.memory.model_state == resharded.memory.model_state == 4 * size.numel
+    assert kept.memory.transient == w * size.numel + 2 * r * 720
+    assert kept.traffic.mean == 3 * (r + w) * 3 * size.numel / 4
+    assert resharded.traffic.mean == 3 * (r + 2 * w) * 3 * size.numel / 4
+    assert kept.compute == resharded.compute
 
 
 def test_steps_for_dense_flops() -> None:
