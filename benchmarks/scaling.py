@@ -68,8 +68,8 @@ of weights, gradients and optimizer after a step; beside it all live storages. R
 largest resident set of the steps after the first over the one before building; the closed form's \
 total adds buffers and activations to the state, but not what the process itself, its allocator \
 and gloo take. Sent: {method}, per rank and step. The peers' closed forms are the least their \
-algorithms need; gloo and DeepSpeed use more (on gloo a reduce-scatter is an all-reduce, and \
-DeepSpeed allocates whole buckets). At n = 1 SDP has C = 1. Time is not compared: the ranks share \
+algorithms need; gloo and DeepSpeed use more (a reduce-scatter of gloo is an all-reduce, ZeRO-3 \
+keeps masters beside fp32 weights). At n = 1 SDP has C = 1. Time is not compared: the ranks share \
 this machine's cores and have no links."""
 _BY_INTERFACE = (
     "the byte counter of the loopback interface of a network namespace, with all headers, in "
