@@ -17,16 +17,19 @@ _MEMORY = """\
 MiB on the rank with the largest peak. Weights, gradients, optimizer and other are the tensor \
 storages that live between steps; activations what the forward pass adds; transient what comes on \
 top of both at the peak of the step, by the record of torch's allocator. Resident is the peak \
-resident size of the process in a step above that before building. State ratio: weights, \
+resident size of the process in a step above that before building (but after a step of a tiny \
+model, which loads the code). State ratio: weights, \
 gradients, optimizer and other over the closed form; process ratio: resident without activations \
 over the closed form of state and transient buffers. The peers' closed forms leave out what \
 their implementations buffer."""
 _TRAFFIC = """\
-MiB sent per rank and optimizer step, mean over the ranks. Measured is the byte counter of the \
-loopback interface of a network namespace in which nothing but the ranks run, with all headers \
-and acknowledgements, over {steps} steps. gloo reduces by all-reduce where the peers ask for a \
-reduce-scatter, and DeepSpeed's ZeRO-1 and 2 do so themselves: that sends twice as much as their \
-closed forms, which are the least possible."""
+MiB sent per rank and optimizer step, mean over the ranks. Measured is {method}. gloo reduces by \
+all-reduce where peers ask for a reduce-scatter, and DeepSpeed's ZeRO-1 and 2 do so themselves: \
+that sends twice as much as their closed forms, which are the least possible."""
+_BY_INTERFACE = """\
+the byte counter of the loopback interface of a network namespace in which nothing but the ranks \
+run, with all headers and acknowledgements, over {steps} steps"""
+_AT_COLLECTIVES = "NOT counted by an interface but where SDP's collectives start"
 
 
 def _rank(result: dict[str, Any]) -> dict[str, Any]:
@@ -60,12 +63,15 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['system']}: peak {_rank(result)['peak'] / MIB:,.0f} MiB; ratios: {over}"
 
 
-def page(results: Sequence[dict[str, Any]], workload: Workload, steps: int) -> str:
+def page(
+    results: Sequence[dict[str, Any]], workload: Workload, steps: int, is_counted: bool
+) -> str:
     """Both tables, and whether SDP reaches its goals."""
     about = (
         f"{workload.world_size} ranks, one sample of {workload.sequence_length} tokens each, "
         f"AdamW, {workload.dtype} weights and messages."
     )
+    method = (_BY_INTERFACE if is_counted else _AT_COLLECTIVES).format(steps=steps)
     return "\n\n".join(
         (
             about,
@@ -73,7 +79,7 @@ def page(results: Sequence[dict[str, Any]], workload: Workload, steps: int) -> s
             _MEMORY,
             _memory_table(results),
             "## Traffic",
-            _TRAFFIC.format(steps=steps),
+            _TRAFFIC.format(method=method),
             _traffic_table(results),
             "## Goals",
             "\n".join(_verdicts(results)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import tokens_of_step
+from benchmarks._network import enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._resident import reset_peak, resident
 from benchmarks._start import start
 from benchmarks._systems import SDP, System, Workload, closed_form
 from benchmarks.storages import MODEL_STATE, live_storages
-from benchmarks.traffic import loopback_bytes
-from sdp_llm.sharding.collectives import Communicator
 
 
 def measure(
@@ -41,8 +40,9 @@ def measure(
         if step == 0:
             is_reset = reset_peak()
         if step in (0, steps):
+            running.wait()
             dist.barrier()
-            marks.append((loopback_bytes(), _collective_bytes()))
+            marks.append((loopback_bytes(), running.sent()))
             dist.barrier()  # nobody goes on before all have read
     peak = resident("VmHWM") - before if is_reset else None
     live = {key: tensor.untyped_storage().nbytes() for key, tensor in live_storages().items()}
@@ -73,20 +73,21 @@ def at_world_size(system: System, world_size: int) -> System | None:
 
 
 def run_case(
-    system: System, workload: Workload, model: PretrainedConfig, steps: int, is_counted: bool
+    system: System, workload: Workload, model: PretrainedConfig, steps: int, network: str | None
 ) -> dict[str, Any]:
     """Measure a system with so many ranks next to its closed forms; bytes per rank, and step.
 
     Memory is that of the rank that has most, ``sent`` the mean over the ranks.
     """
     n = workload.world_size
-    ranks = run_ranks(n, measure, system, workload, model, steps)
+    prepare = partial(enter_loopback, network)
+    ranks = run_ranks(n, measure, system, workload, model, steps, prepare=prepare)
     cost = closed_form(system, workload, model)
     most = {name: _most(ranks, name) for name in ("state", "live", "resident_peak")}
     collectives = None
     if system.kind == SDP:
         collectives = sum(rank["collectives"] for rank in ranks) / steps / n
-    sent = ranks[0]["interface"] / steps / n if is_counted else collectives
+    sent = ranks[0]["interface"] / steps / n if network is not None else collectives
     predicted = {
         "state": cost.memory.model_state,
         "total": cost.memory.total,
@@ -112,12 +113,6 @@ def _most(ranks: Sequence[dict[str, Any]], name: str) -> int | None:
 
 def _ratio(measured: float | None, predicted: float) -> float | None:
     return measured / predicted if measured is not None and predicted else None
-
-
-def _collective_bytes() -> int:
-    """What this process's communicators have sent; only SDP has one."""
-    found = [thing for thing in gc.get_objects() if type(thing) is Communicator]
-    return sum(communicator.bytes_sent for communicator in found)
 
 
 def _key(tensor: torch.Tensor) -> tuple[str, int]:

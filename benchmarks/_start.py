@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -34,7 +34,8 @@ class Running:
     ``forward`` gives a micro-batch's summed loss, ``backward`` takes its share of the step's loss;
     both know whether it is the last of the step, which ends with an update. Gradients live until
     the ``zero_grad`` of the next step. ``members`` are the tensors that hold weights, gradients
-    and optimizer state. ``wait`` ends what goes on after a step.
+    and optimizer state. ``wait`` ends what goes on after a step. ``sent`` are the
+    bytes sent so far, as SDP counts them.
     """
 
     zero_grad: Callable[[], None]
@@ -43,6 +44,7 @@ class Running:
     members: Callable[[], Members]
     close: Callable[[], None]
     wait: Callable[[], None] = lambda: None
+    sent: Callable[[], int] = lambda: 0
 
     def train_step(self, tokens: Tensor, after_forward: Callable[[], None] | None = None) -> None:
         """One optimizer step.
@@ -95,6 +97,7 @@ def _start_sdp(system: System, workload: Workload, model: PretrainedConfig) -> R
         partial(engine_members, engine),
         engine.destroy,
         engine.wait_for_weights,
+        lambda: engine.sharded.communicator.bytes_sent,
     )
 
 
@@ -202,7 +205,6 @@ def _start_fsdp2(is_resharding: bool, workload: Workload, config: PretrainedConf
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     for module in (*find_blocks(model)[1], model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=is_resharding)
-    assert isinstance(model, FSDPModule)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 

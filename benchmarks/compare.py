@@ -21,17 +21,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import torch.distributed as dist
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from benchmarks import _compare_page
 from benchmarks._case import tokens_of_step
 from benchmarks._network import counted_network, enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._record import write_results
+from benchmarks._resident import reset_peak, resident
 from benchmarks._start import start
-from benchmarks._systems import PEERS, System, Workload, closed_form, parse_system
+from benchmarks._systems import PEERS, SDP, System, Workload, closed_form, parse_system
 from benchmarks.allocator import record_allocations
-from benchmarks.resident import reset_resident_peak, resident_now, resident_peak
 from benchmarks.storages import sort_storages
 from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.measure import load_model_config
@@ -50,25 +50,29 @@ WARM_UP = 2
 def measure(
     system: System, workload: Workload, model: PretrainedConfig, steps: int
 ) -> dict[str, Any]:
-    """Run on a rank: bytes of memory in a step, and the bytes that all ranks sent in ``steps``.
+    """Run on a rank: bytes of memory in a step, and the bytes sent in ``steps`` steps.
 
     ``state`` are the storages that live between steps by category; ``activations`` what the
     forward pass adds to them until the backward pass starts; ``peak`` the most of all storages.
-    ``resident`` is the peak resident size above that before building, None where the system does
-    not say; ``built`` the peak while building.
+    ``resident`` is the peak resident size above that before building, when a tiny model
+    has loaded the code; None where the system does
+    not say; ``built`` the peak while building. ``interface`` is what all ranks sent, and
+    ``collectives`` this rank as SDP counts it.
     """
-    baseline = resident_now()
+    _load_code(workload)
+    reset_peak()
+    baseline = resident("VmRSS")
     running = start(system, workload, model)
     case, vocabulary = workload.case(system), model.get_text_config().vocab_size
-    built = resident_peak() - baseline
+    built = resident("VmHWM") - baseline
     for step in range(WARM_UP):
         running.train_step(tokens_of_step(case, vocabulary, step))
     running.wait()
     batch = tokens_of_step(case, vocabulary, WARM_UP)
-    is_reset = reset_resident_peak()
+    is_reset = reset_peak()
     running.train_step(batch)
     running.wait()
-    resident = resident_peak() - baseline if is_reset else None
+    resident_most = resident("VmHWM") - baseline if is_reset else None
     found = sort_storages(running.members())
 
     def step_and_wait(mark: Any) -> None:
@@ -77,13 +81,13 @@ def measure(
 
     allocated = record_allocations(step_and_wait)
     dist.barrier()
-    sent = loopback_bytes()
+    sent, counted = loopback_bytes(), running.sent()
     dist.barrier()  # nobody sends before all have read
     for _ in range(steps):
         running.train_step(batch)
     running.wait()
     dist.barrier()
-    sent = loopback_bytes() - sent
+    sent, counted = loopback_bytes() - sent, running.sent() - counted
     dist.barrier()
     running.close()
     return {
@@ -92,10 +96,26 @@ def measure(
         "others": [list(entry) for entry in found.others[:5]],
         "activations": allocated.at_mark,
         "peak": found.total + allocated.peak,
-        "resident": resident,
+        "resident": resident_most,
         "built": built,
-        "sent": sent,
+        "interface": sent,
+        "collectives": counted,
     }
+
+
+def _load_code(workload: Workload) -> None:
+    """Train a tiny model for a step: what the system loads of libraries then is not the model's."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=256,
+        max_position_embeddings=workload.sequence_length,
+    )
+    running = start(System(SDP), workload, config)
+    running.train_step(tokens_of_step(workload.case(System(SDP)), config.vocab_size, 0))
+    running.close()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -112,20 +132,22 @@ def run(arguments: argparse.Namespace) -> None:
             prepare = partial(enter_loopback, network)
             call = (system, workload, model, arguments.steps)
             ranks = run_ranks(workload.world_size, measure, *call, prepare=prepare)
-            is_counted = network is not None
-            sent = ranks[0]["sent"] / arguments.steps / workload.world_size if is_counted else None
+            sent = ranks[0]["interface"]
+            if network is None:
+                sent = sum(rank["collectives"] for rank in ranks) if system.kind == SDP else None
+            per_rank = None if sent is None else sent / arguments.steps / workload.world_size
             results.append(
                 {
                     "system": str(system),
-                    "is_sdp": system.kind == "SDP",
+                    "is_sdp": system.kind == SDP,
                     "ranks": ranks,
-                    "sent": sent,
+                    "sent": per_rank,
                     "closed_form": asdict(closed_form(system, workload, model)),
                 }
             )
             print(_compare_page.line(results[-1]), flush=True)
     name = Path(arguments.model).stem
-    text = _compare_page.page(results, workload, arguments.steps)
+    text = _compare_page.page(results, workload, arguments.steps, network is not None)
     print(f"\n{text}")
     picture = arguments.output.with_suffix(".png")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from benchmarks._case import Case, tokens_of_step, train_step
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
+from benchmarks._resident import resident
 from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
 from benchmarks.storages import MODEL_STATE, engine_members, sort_storages
 from sdp_llm.engine import initialize
@@ -42,7 +43,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
     sent, as the library counts it. ``*_peak`` are the most
     bytes of all storages together in that phase.
     """
-    resident_at_start = _resident("VmRSS")
+    resident_at_start = resident("VmRSS")
     tracker = AllocationTracker()
     with tracker:
         with tracker.phase("state"):
@@ -70,7 +71,7 @@ def measure(case: Case, model: PretrainedConfig) -> dict[str, Any]:
         "construction_peak": built_peak,
         "training_peak": training_peak,
         "resident_at_start": resident_at_start,
-        "resident_peak": _resident("VmHWM"),
+        "resident_peak": resident("VmHWM"),
     }
     engine.destroy()
     return result
@@ -108,13 +109,6 @@ def ratios(measured: dict[str, Any], predicted: dict[str, int]) -> dict[str, flo
     )
     found["uncategorised"] = measured["other"] / measured["total"]
     return found
-
-
-def _resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) * 1024  # Linux counts in KiB
 
 
 def _run_case(case: Case, model: PretrainedConfig) -> dict[str, Any]:

@@ -9,7 +9,6 @@ forms of the prediction are compared with the measurement. Bytes are counted as 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 import torch
 
+from benchmarks._network import counted_network
 from benchmarks._predicted import WORLD_SIZES, Subnetworks, cost_table, predict, time_table
 from benchmarks._record import markdown_table, write_results
 from benchmarks._scaled import at_world_size, run_case
 from benchmarks._scaling_picture import draw
 from benchmarks._systems import Workload, parse_system
-from benchmarks.traffic import IN_NAMESPACE, run_in_namespace, why_no_namespace
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.step_time import Cluster
 from sdp_llm.subnetwork.measure import load_model_config, model_size
@@ -140,7 +139,7 @@ def _predictions(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]
     return found
 
 
-def _measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _measurements(arguments: argparse.Namespace, network: str | None) -> list[dict[str, Any]]:
     model = load_model_config(arguments.model)
     results = []
     for text in arguments.systems:
@@ -150,8 +149,7 @@ def _measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"{text}: {n} ranks cannot have this coverage", flush=True)
                 continue
             workload = Workload(n, arguments.sequence_length, arguments.bf16)
-            counted = arguments.in_namespace
-            result = run_case(system, workload, model, arguments.steps, counted)
+            result = run_case(system, workload, model, arguments.steps, network)
             # At n = 1 SDP goes by the name that it has with more ranks.
             results.append(result | {"system": str(parse_system(text))})
             print(measured_table(results[-1:]).splitlines()[-1], flush=True)
@@ -160,13 +158,12 @@ def _measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, predict, and write page and picture."""
-    if arguments.in_namespace:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    results = _measurements(arguments)
+    with counted_network("scaling") as network:
+        results = _measurements(arguments, network)
     predictions = _predictions(arguments)
     method = _BY_INTERFACE.format(steps=arguments.steps)
-    if not arguments.in_namespace:
-        method = f"NOT counted by an interface ({arguments.reason}), SDP where collectives start"
+    if network is None:
+        method = "NOT counted by an interface, SDP where collectives start"
     name = Path(arguments.model).stem
     picture = Path(arguments.output).with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{text}")
     content = {
         "model": name,
-        "counted_by": "interface" if arguments.in_namespace else "collectives",
+        "counted_by": "collectives" if network is None else "interface",
         "measured": results,
         "clusters": {key: asdict(value) for key, value in clusters(arguments).items()},
         "predicted": predictions,
@@ -221,7 +218,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--flops", type=float, default=400e12, help="assumed sustained FLOP/s per GPU")
     add("--overlap", type=float, default=1.0, help="assumed share of compute that hides traffic")
     add("--output", required=True, help="JSON file; page and picture beside it")
-    add(IN_NAMESPACE, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -230,12 +226,6 @@ def main() -> int:
     # Otherwise the process would end without removing its namespace.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if not arguments.in_namespace:
-            arguments.reason = why_no_namespace()
-            if arguments.reason is None:
-                command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-                return run_in_namespace([*command, IN_NAMESPACE])
-            print(f"scaling: {arguments.reason}; counting only SDP's bytes", file=sys.stderr)
         run(arguments)
     except ConfigError as error:
         print(f"scaling: error: {error}", file=sys.stderr)

@@ -6,20 +6,23 @@ that many bytes over the rate of the slowest link on its way, see :meth:`Cluster
 the cluster's `overlap`, `F` and `B` the seconds of the forward and the backward pass of one of `A`
 micro-batches, and seconds of communication by the phase that can hide them,
 
-    exposed = A max(0, c_F - h F) + (A-1) max(0, c_B - h B) + max(0, c_B + c_last - h B) + c_after
+    exposed = max(0, c_F + c_first - h F) + (A-1) max(0, c_F - h F)
+              + (A-1) max(0, c_B - h B) + max(0, c_B + c_last - h B) + c_after
     step    = A (F + B) + exposed
 
-| what is sent, bytes per element   | c_F | c_B   | c_last | c_after |
-|-----------------------------------|-----|-------|--------|---------|
-| DDP, SDP at stage 0               |     |       | 2r     |         |
-| ZeRO-1, SDP at stage 1            |     |       | r      | w       |
-| ZeRO-2, SDP at stage 2            |     | r     |        | w       |
-| ZeRO-3, FSDP2                     | w   | r + w |        |         |
-| FSDP2, no resharding              | w   | r     |        |         |
+| what is sent, bytes per element   | c_F | c_first | c_B   | c_last | c_after |
+|-----------------------------------|-----|---------|-------|--------|---------|
+| DDP, SDP at stage 0               |     |         |       | 2r     |         |
+| ZeRO-1                            |     |         |       | r      | w       |
+| ZeRO-2                            |     |         | r     |        | w       |
+| SDP at stage 1                    |     | w       |       | r      |         |
+| SDP at stage 2                    |     | w       | r     |        |         |
+| ZeRO-3, FSDP2                     | w   |         | r + w |        |         |
+| FSDP2, no resharding              | w   |         | r     |        |         |
 
-Backward masking adds to `c_after` what the owners deliver to all others, over the world's links.
-SDP's gather and ZeRO's wait for the optimizer, and the next step waits for them: they hide behind
-nothing.
+Backward masking adds to `c_first` what the owners deliver to all others, over the world's links.
+All gathers wait for the optimizer. ZeRO's are over before the next step starts, and hide behind
+nothing; SDP's go on while the next step's first forward pass runs (`sharding/arrival.py`).
 
 Left out, for all alike: latency of messages, the optimizer's own time, and ranks that wait for
 each other inside a step. A step lasts as long as that of its slowest rank. These are predictions
@@ -30,7 +33,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from sdp_llm.plan.assignment import Plan
 from sdp_llm.plan.cost import rank_flops_per_token
@@ -107,6 +110,7 @@ class _Phases:
     """Bytes or seconds of communication by the phase of a step that can hide them."""
 
     forward: float = 0.0
+    first_forward: float = 0.0
     backward: float = 0.0
     last_backward: float = 0.0
     after: float = 0.0
@@ -185,10 +189,12 @@ def _step_time(
     tokens = size.micro_batch * size.sequence_length
     forward, backward = (f * tokens / cluster.flops for f in (forward_flops, backward_flops))
     room = cluster.overlap * backward
-    exposed = again * max(0.0, c.forward - cluster.overlap * forward)
+    ahead = cluster.overlap * forward
+    exposed = max(0.0, c.forward + c.first_forward - ahead)
+    exposed += (again - 1) * max(0.0, c.forward - ahead)
     exposed += (again - 1) * max(0.0, c.backward - room)
     exposed += max(0.0, c.backward + c.last_backward - room) + c.after
-    everything = again * (c.forward + c.backward) + c.last_backward + c.after
+    everything = again * (c.forward + c.backward) + c.last_backward + c.first_forward + c.after
     return StepTime(again * (forward + backward), everything, exposed)
 
 
@@ -210,11 +216,13 @@ def _seconds_per_element(
 ) -> _Phases:
     """What an owner spends on each element of a block of this owner set."""
     n, p = len(world), len(owners)
-    peer = ("DDP", "ZeRO-1", "ZeRO-2")[setup.stage]  # which sends the same at C = 1
-    seconds = _bytes_per_element(setup, peer) * ((p - 1) / p / cluster.rate(owners))
+    peer = ("DDP", "ZeRO-1", "ZeRO-2")[setup.stage]  # which sends the same, not hiding gathers
+    sent = _bytes_per_element(setup, peer)
+    sent = replace(sent, first_forward=sent.after, after=0.0)
+    seconds = sent * ((p - 1) / p / cluster.rate(owners))
     if setup.masking == "backward":
         delivered = setup.weight_bytes * (n - p) / p
-        seconds += _Phases(after=delivered / cluster.rate(world))
+        seconds += _Phases(first_forward=delivered / cluster.rate(world))
     return seconds
 
 

@@ -51,7 +51,6 @@ def test_measured_memory_and_bytes_are_the_closed_forms(tmp_path: Path) -> None:
     assert output.with_suffix(".png").stat().st_size > 10_000
     page = output.with_suffix(".md").read_text()
     assert "Nothing here was measured" in page
-    assert "--in_namespace" not in page
 
 
 def test_the_same_system_with_fewer_ranks() -> None:
