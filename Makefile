@@ -2,13 +2,15 @@
 # make demo    corpus, tokenizer, pretraining on 4 ranks, export, generation
 # make test    every check: lint, types, tests
 # make test-slow, make stress    what takes longer: more cases; killing ranks while they save
+# make bench-quick    the main tables of docs/results on small models, into runs/bench
+# make bench    everything in docs/results, as root on a quiet Linux machine (hours)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow stress lint types format clean
+.PHONY: setup demo test test-slow stress bench-quick bench lint types format clean
 
 setup: $(STAMP)
 
@@ -54,6 +56,29 @@ test-slow: $(STAMP)
 stress: $(STAMP)
 	$(BIN)/python -m tests.stress.kill_during_save --kills 100
 	$(BIN)/python -m tests.stress.kill_during_save --kills 40 --world_size 2 --async_save
+
+$(VENV)/.plots: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[plots]'
+	touch $@
+
+QUICK := ddp zero2 zero3 fsdp2 sdp:1 sdp:1/2
+MODELS := configs/model/llama_
+bench-quick: $(VENV)/.plots
+	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --systems $(QUICK) --rounds 5 --output runs/bench/step_time_10m.json
+	$(BIN)/python benchmarks/compare.py --model $(MODELS)10m.json --systems $(QUICK) --output runs/bench/compare_10m.json
+	$(BIN)/python benchmarks/compare.py --model $(MODELS)60m.json --systems $(QUICK) --output runs/bench/compare_60m.json
+
+# What needs a quiet machine goes first.
+bench: $(VENV)/.plots
+	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --output docs/results/step_time_10m.json
+	$(BIN)/python benchmarks/overlap.py --model $(MODELS)10m.json --output docs/results/overlap_10m.json
+	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)134m.json --output docs/results/slow_network_134m.json
+	$(BIN)/python benchmarks/mfu.py --models $(MODELS)10m.json --output docs/results/mfu_cpu.json
+	$(BIN)/python benchmarks/compare.py --model $(MODELS)60m.json --output docs/results/compare_60m.json
+	$(BIN)/python benchmarks/scaling.py --model $(MODELS)10m.json --output docs/results/scaling.json
+	$(BIN)/python benchmarks/memory.py --model $(MODELS)60m.json --bf16 --output docs/results/memory_60m.json
+	$(BIN)/python benchmarks/traffic.py --model $(MODELS)60m.json --bf16 --accumulation 1 2 --output docs/results/traffic_60m.json
+	$(BIN)/python benchmarks/checkpoints.py --model $(MODELS)134m.json --output docs/results/checkpoints_134m.json
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -96,6 +97,8 @@ def _serve(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # FSDP2 and DeepSpeed call torch's collectives by names that it has given up.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         if prepare is not None:
             prepare(rank)
