@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from benchmarks._case import LEARNING_RATE, MAX_NORM
 from benchmarks._systems import CHECKPOINTING, SDP, UNSHARDED, System, Workload
 from benchmarks.storages import engine_members, state_tensors
-from sdp_llm.engine import initialize
+from sdp_llm.engine import init_distributed, initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.subnetwork.adapter import find_blocks
 
 Members = dict[str, list[Tensor]]
 # DeepSpeed allocates whole buckets, of 500 M elements by default: more than these models have.
 ZERO_BUCKET = 25_000_000
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _start_ddp(system: System, workload: Workload, config: PretrainedConfig) -> 
 def _start_zero(stage: int, workload: Workload, config: PretrainedConfig) -> Running:
     import deepspeed
 
+    init_distributed(TIMEOUT)  # without compiling what only inference on CPUs uses
     model = whole_model(config)
     hidden = config.hidden_size
     engine, *_ = deepspeed.initialize(

@@ -258,7 +258,11 @@ class ZeroConfig:
         "what the owners of a block partition: 1 optimizer state, 2 also gradients",
         0,
     )
-    overlap_comm: bool = key(BOOLEAN, "reduce gradients during the backward pass", True)
+    overlap_comm: bool = key(
+        BOOLEAN,
+        "reduce gradients during the backward pass, gather weights during the next forward pass",
+        True,
+    )
     reduce_bucket_size: int = key(POSITIVE, "elements per reduction at most", 500_000_000)
     allgather_bucket_size: int = key(POSITIVE, "elements per gather at most", 500_000_000)
     contiguous_gradients: bool | None = key(BOOLEAN, "without effect", None, no_effect=True)
