@@ -82,18 +82,31 @@ def test_step_times_are_compared_round_by_round(half: float, verdict: str) -> No
     assert f"over C = 1: {half:.3f}, FLOP ratio 0.540; goal 0.567: {verdict}." in page
 
 
-def test_waiting_belongs_to_the_phase_it_happens_in() -> None:
+def test_waiting_for_bytes_and_for_ranks() -> None:
     phases = {"forward": (10.0, 11.0), "backward": (11.0, 13.0), "optimizer": (13.0, 14.0)}
-    message = {"kind": overlap.REDUCE, "mebibytes": 1.0, "started": 11.0}
-    messages = [
-        message | {"waited": 12.0, "over": 12.5},
-        message | {"waited": 12.9, "over": 13.0},
-        message | {"kind": overlap.GATHER, "started": 9.0, "waited": 10.0, "over": 10.1},
+
+    def message(kind: str, number: int, started: float, waited: float, over: float) -> dict:
+        times = {"started": started, "waited": waited, "over": over}
+        return {"kind": kind, "ranks": (0, 1), "number": number, "mebibytes": 1.0} | times
+
+    early = [
+        message(overlap.GATHER, 4, started=9.0, waited=10.0, over=10.1),
+        message(overlap.REDUCE, 5, started=11.0, waited=12.0, over=12.5),
+        message(overlap.REDUCE, 6, started=12.6, waited=12.7, over=13.0),
     ]
-    shares = overlap.waiting({"phases": phases, "messages": messages})
-    assert shares["forward"] == pytest.approx(0.025)
-    assert shares["backward"] == pytest.approx(0.15)
-    assert shares["optimizer"] == 0
+    late = [
+        message(overlap.GATHER, 4, started=9.5, waited=10.0, over=10.0),
+        message(overlap.REDUCE, 5, started=12.3, waited=12.4, over=12.5),
+        message(overlap.REDUCE, 6, started=12.6, waited=12.8, over=12.9),
+    ]
+    ranks = [[{"phases": phases, "messages": messages}] for messages in (early, late)]
+    (first,), (second,) = overlap.waiting(ranks)
+    assert first == pytest.approx(
+        {"forward": 0.025, "backward": (0.2 + 0.3) / 4, "optimizer": 0, overlap.LATE: 0.3 / 4}
+    )
+    assert second == pytest.approx(
+        {"forward": 0, "backward": (0.1 + 0.1) / 4, "optimizer": 0, overlap.LATE: 0}
+    )
 
 
 @pytest.mark.parametrize(("resident", "verdict"), [(115, "reached"), (135, "MISSED")])
