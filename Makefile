@@ -3,7 +3,7 @@
 # make test    every check: lint, types, tests
 # make test-slow, make stress    what takes longer: more cases; killing ranks while they save
 # make bench-quick    the main tables of docs/results on small models, into runs/bench
-# make bench    everything in docs/results, as root on a quiet Linux machine (hours)
+# make bench    everything in docs/results, as root on a quiet Linux machine (an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -70,9 +70,12 @@ bench-quick: $(VENV)/.plots
 
 # What needs a quiet machine goes first.
 bench: $(VENV)/.plots
-	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --output docs/results/step_time_10m.json
+	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --rounds 7 --output docs/results/step_time_10m.json
+	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --systems ddp sdp:1 --rounds 25 --steps 2 --output docs/results/step_time_pair_10m.json
+	$(BIN)/python benchmarks/collectives.py --output docs/results/collectives.json
 	$(BIN)/python benchmarks/overlap.py --model $(MODELS)10m.json --output docs/results/overlap_10m.json
-	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)134m.json --output docs/results/slow_network_134m.json
+	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)134m.json --sequence_length 4 --gbits 1 --steps 2 --rounds 3 --systems ddp zero2 zero3 fsdp2 sdp:1/2:forward:2 sdp:1:forward:2 --output docs/results/slow_network_134m.json
+	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)10m.json --no-bf16 --rounds 2 --systems ddp zero2 zero3 fsdp2 sdp:1/2:forward:2 sdp:1/2:backward:2 --output docs/results/slow_network_10m.json
 	$(BIN)/python benchmarks/mfu.py --models $(MODELS)10m.json --output docs/results/mfu_cpu.json
 	$(BIN)/python benchmarks/compare.py --model $(MODELS)60m.json --output docs/results/compare_60m.json
 	$(BIN)/python benchmarks/scaling.py --model $(MODELS)10m.json --output docs/results/scaling.json
