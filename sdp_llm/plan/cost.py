@@ -215,7 +215,8 @@ def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
 
     def launched(unit: UnitSize) -> float:
         summand = 0 if r == FP32_BYTES else FP32_BYTES / len(_owners(plan, unit))
-        return received(unit) + unit.numel * (copies * r + summand)
+        # The second copy is made when all summands have been added.
+        return received(unit) + unit.numel * (min(copies, 1) * r + max((copies - 1) * r, summand))
 
     peak = under_way = 0.0
     groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]

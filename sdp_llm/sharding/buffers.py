@@ -19,9 +19,9 @@ class Buffers:
 
     def take(self, numel: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor with arbitrary values, 1-D, on the device of ``like``."""
-        for i, tensor in enumerate(self._free):
-            if tensor.numel() == numel and tensor.dtype == dtype:
-                return self._free.pop(i)
+        fits = [t.numel() == numel and t.dtype == dtype for t in self._free]
+        if True in fits:
+            return self._free.pop(fits.index(True))
         self._free.clear()
         return torch.empty(numel, dtype=dtype, device=like.device)
 
