@@ -104,6 +104,8 @@ _WAITING = """
 import signal, sys, time
 from benchmarks._network import star_network
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+# A shell starts what it runs in the background with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with star_network(2):
     print("made", flush=True)
     time.sleep(600)
@@ -121,11 +123,14 @@ def test_the_network_is_removed_when_interrupted(number: signal.Signals) -> None
         stderr=subprocess.DEVNULL,
     )
     with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"made\n"
-        assert len(_of_process(process.pid)) == 3
-        process.send_signal(number)
-        process.wait(60)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"made\n"
+            assert len(_of_process(process.pid)) == 3
+            process.send_signal(number)
+            process.wait(60)
+        finally:
+            process.kill()
     assert not _of_process(process.pid)
 
 
