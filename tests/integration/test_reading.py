@@ -57,6 +57,7 @@ def runs(tiny: Tiny) -> Runs:
 SHARES = {"train": 3, "validation": 1}
 
 
+@pytest.mark.slow
 def test_the_engine_with_workers_equals_the_simulation_without(runs: Runs) -> None:
     assert runs.launched.losses() == pytest.approx(runs.simulated.losses(), abs=1e-5)
     assert runs.launched.validation() == pytest.approx(runs.simulated.validation(), abs=1e-5)
@@ -65,6 +66,7 @@ def test_the_engine_with_workers_equals_the_simulation_without(runs: Runs) -> No
     assert "Traceback" not in runs.launched.finished.stderr
 
 
+@pytest.mark.slow
 def test_the_model_measured_again_has_the_same_loss(runs: Runs) -> None:
     assert runs.evaluated.status == 0, runs.evaluated.output
     found = re.search(r"validation loss ([\d.]+) nats", runs.evaluated.stdout)
@@ -72,6 +74,7 @@ def test_the_model_measured_again_has_the_same_loss(runs: Runs) -> None:
     assert float(found[1]) == pytest.approx(runs.launched.validation()[-1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_card_shows_both_corpora(runs: Runs, tiny: Tiny) -> None:
     lines = runs.launched.finished.stdout.splitlines()
     [i] = [i for i, line in enumerate(lines) if line.startswith("data ")]
@@ -81,6 +84,7 @@ def test_the_card_shows_both_corpora(runs: Runs, tiny: Tiny) -> None:
         assert f"this run reads {read} " in line
 
 
+@pytest.mark.slow
 def test_the_run_folder_starts_the_same_run_again(runs: Runs) -> None:
     config = json.loads((runs.launched.folder / "config.json").read_text())
     assert list(config["data"]["train"].values()) == list(SHARES.values())
