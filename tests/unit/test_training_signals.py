@@ -9,14 +9,14 @@ import sys
 from sdp_llm.training.signals import kept_from_children
 
 WORKERS = """
-import multiprocessing, os, re, signal, sys
+import multiprocessing, re, signal, time
 import psutil
 from sdp_llm.training.signals import kept_from_children
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
     with kept_from_children():
-        worker = context.Process(target=input)
+        worker = context.Process(target=time.sleep, args=(60,))
         worker.start()
     for child in psutil.Process().children(recursive=True):
         if "resource_tracker" not in " ".join(child.cmdline()):
