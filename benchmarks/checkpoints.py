@@ -26,10 +26,10 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks._case import Case, tokens_of_step, train_step
+from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.engine import initialize
-from sdp_llm.errors import ConfigError
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.subnetwork.measure import load_model_config
 
@@ -191,18 +191,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="checkpoints", description=__doc__.split("\n\n")[0] if __doc__ else None
+    )
     parser.add_argument("--model", required=True, help="path of a HuggingFace config.json")
     parser.add_argument("--world_size", type=int, default=4, help="ranks (default 4)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats (default 5)")
     parser.add_argument("--folder", help="where checkpoints are written (default: temporary)")
     parser.add_argument("--output", type=Path, required=True, help="JSON; the page is beside it")
-    try:
-        run(parser.parse_args())
-    except ConfigError as error:
-        print(f"checkpoints: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, run)
 
 
 if __name__ == "__main__":

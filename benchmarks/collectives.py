@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 import torch.distributed as dist
 
+from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.sharding.collectives import Communicator
@@ -67,18 +68,8 @@ rounds in which all take turns. The additions after a reduce-scatter between pai
 all-to-all, are not in it. An all-reduce sends twice as much as the others."""
 
 
-def main() -> int:
-    """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="collectives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--world_size", type=int, default=2, help="number of gloo ranks")
-    parser.add_argument("--mebibytes", type=int, default=40, help="of the whole tensor")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each")
-    parser.add_argument("--output", type=Path, required=True, help="JSON; the page is beside it")
-    arguments = parser.parse_args()
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, and write the table."""
     ranks = run_ranks(arguments.world_size, measure, arguments.mebibytes, arguments.rounds)
     rows, results = [], []
     for i, (operation, way) in enumerate(WAYS):
@@ -91,7 +82,20 @@ def main() -> int:
     text = f"{about}\n\n{markdown_table(['operation', 'way', 'ms'], rows)}"
     print(text)
     write_results(arguments.output, "Collectives on gloo", text, {"results": results})
-    return 0
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="collectives",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--world_size", type=int, default=2, help="number of gloo ranks")
+    parser.add_argument("--mebibytes", type=int, default=40, help="of the whole tensor")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each")
+    parser.add_argument("--output", type=Path, required=True, help="JSON; the page is beside it")
+    return run_command(parser, run)
 
 
 if __name__ == "__main__":

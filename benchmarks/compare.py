@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from benchmarks import _compare_page
 from benchmarks._case import tokens_of_step
+from benchmarks._command import run_command
 from benchmarks._network import counted_network, enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._record import write_results
@@ -33,7 +33,6 @@ from benchmarks._start import start
 from benchmarks._systems import PEERS, SDP, System, Workload, closed_form, parse_system
 from benchmarks.allocator import record_allocations
 from benchmarks.storages import sort_storages
-from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.measure import load_model_config
 
 SDP_SYSTEMS = tuple(
@@ -170,18 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON; a .md and a .png are beside it"
     )
-    # Otherwise the process would end without removing its namespace.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no lines about starting and stopping
-    try:
-        run(parser.parse_args(arguments))
-    except ConfigError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines about starting and stopping
+    return run_command(parser, run, arguments)
 
 
 if __name__ == "__main__":

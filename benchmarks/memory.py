@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from transformers import PretrainedConfig
 
 from benchmarks._case import Case, tokens_of_step, train_step
+from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from benchmarks._resident import resident
 from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
 from benchmarks.storages import MODEL_STATE, engine_members, sort_storages
 from sdp_llm.engine import initialize
-from sdp_llm.errors import ConfigError
 from sdp_llm.plan.cost import rank_memory, rank_traffic
 from sdp_llm.plan.size import FP32_BYTES
 from sdp_llm.subnetwork.measure import load_model_config
@@ -213,15 +213,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(_parser().parse_args(arguments))
-    except ConfigError as error:
-        print(f"memory: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("memory: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    """Parse the command line and run; returns the exit status."""
+    return run_command(_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 from torch import Tensor, nn
 
+from benchmarks._command import run_command
 from benchmarks._device import Device
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.errors import ConfigError
@@ -217,6 +218,10 @@ each block by torch.compile."""
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all settings in turn, several times, and write the table."""
+    if not 0 <= arguments.rank < arguments.world_size:
+        raise ConfigError(
+            f"--rank {arguments.rank}: must be below --world_size {arguments.world_size}"
+        )
     device = Device()
     dtype = DTYPES[arguments.dtype]
     switches = [
@@ -285,20 +290,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
-    try:
-        if not 0 <= arguments.rank < arguments.world_size:
-            raise ConfigError(
-                f"--rank {arguments.rank}: must be below --world_size {arguments.world_size}"
-            )
-        run(arguments)
-    except ConfigError as error:
-        print(f"mfu: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mfu: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    """Parse the command line and run; returns the exit status."""
+    return run_command(_parser(), run)
 
 
 if __name__ == "__main__":

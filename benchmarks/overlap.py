@@ -23,11 +23,11 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import tokens_of_step
+from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from benchmarks._systems import Workload, parse_system
 from sdp_llm.engine import initialize
-from sdp_llm.errors import ConfigError
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.sharding.collectives import Communicator, Pending
 from sdp_llm.subnetwork.measure import load_model_config
@@ -248,15 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON; page and picture are beside it"
     )
-    try:
-        run(parser.parse_args(arguments))
-    except ConfigError as error:
-        print(f"overlap: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("overlap: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(parser, run, arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ forms of the prediction are compared with the measurement. Bytes are counted as 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 import torch
 
+from benchmarks._command import run_command
 from benchmarks._network import counted_network
 from benchmarks._predicted import WORLD_SIZES, Subnetworks, cost_table, predict, time_table
 from benchmarks._record import markdown_table, write_results
 from benchmarks._scaled import at_world_size, run_case
 from benchmarks._scaling_picture import draw
 from benchmarks._systems import Workload, parse_system
-from sdp_llm.errors import ConfigError
 from sdp_llm.plan.step_time import Cluster
 from sdp_llm.subnetwork.measure import load_model_config, model_size
 
@@ -222,18 +221,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
-    # Otherwise the process would end without removing its namespace.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        run(arguments)
-    except ConfigError as error:
-        print(f"scaling: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("scaling: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    """Parse the command line and run; returns the exit status."""
+    return run_command(_parser(), run)
 
 
 if __name__ == "__main__":

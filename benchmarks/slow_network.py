@@ -9,13 +9,11 @@ directions. That takes Linux, root, `ip` and `tc`; without them nothing is measu
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import tokens_of_step
+from benchmarks._command import run_command
 from benchmarks._network import Network, interface_bytes, star_network, why_no_star
 from benchmarks._ranks import TIMEOUT_S, run_ranks
 from benchmarks._record import write_results
@@ -83,6 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     :raises ConfigError: for a model or a system that does not exist.
     """
+    for option in ("world_size", "sequence_length", "steps", "rounds"):
+        if getattr(arguments, option) < 1:
+            raise ConfigError(f"--{option} {getattr(arguments, option)}: must be at least 1")
+    reason = why_no_star()
+    if reason is not None:
+        raise ConfigError(f"{reason}; nothing was measured")
     model = load_model_config(arguments.model)
     workload = Workload(arguments.world_size, arguments.sequence_length, arguments.bf16)
     systems = [parse_system(text) for text in arguments.systems]
@@ -176,31 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(*_: Any) -> None:
-    sys.exit(143)
-
-
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    arguments = _parser().parse_args()
-    # Otherwise the process would end without removing its namespaces.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    try:
-        for option in ("world_size", "sequence_length", "steps", "rounds"):
-            if getattr(arguments, option) < 1:
-                raise ConfigError(f"--{option} {getattr(arguments, option)}: must be at least 1")
-        reason = why_no_star()
-        if reason is not None:
-            raise ConfigError(f"{reason}; nothing was measured")
-        run(arguments)
-    except ConfigError as error:
-        print(f"slow_network: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slow_network: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(_parser(), run)
 
 
 if __name__ == "__main__":

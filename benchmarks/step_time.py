@@ -24,11 +24,11 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import tokens_of_step
+from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from benchmarks._start import start
 from benchmarks._systems import SDP, System, Workload, closed_form, parse_system
-from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.measure import load_model_config
 
 SYSTEMS = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2_unsharded", "ddp_checkpointing")
@@ -170,15 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="what is compared; the first is the base of the ratios",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON; the page is beside it")
-    try:
-        run(parser.parse_args(arguments))
-    except ConfigError as error:
-        print(f"step_time: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("step_time: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(parser, run, arguments)
 
 
 if __name__ == "__main__":

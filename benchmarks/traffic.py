@@ -10,7 +10,6 @@ bytes are counted where collectives are issued, and marked so.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,11 +24,11 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks._case import Case, tokens_of_step, train_step
+from benchmarks._command import run_command
 from benchmarks._network import counted_network, enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from sdp_llm.engine import initialize
-from sdp_llm.errors import ConfigError
 from sdp_llm.plan.cost import rank_traffic
 from sdp_llm.subnetwork.measure import load_model_config
 
@@ -155,18 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
-    # Otherwise the process would end without removing its namespace.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        run(arguments)
-    except ConfigError as error:
-        print(f"traffic: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("traffic: interrupted, no output written", file=sys.stderr)
-        return 130
-    return 0
+    """Parse the command line and run; returns the exit status."""
+    return run_command(_parser(), run)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
         inputs = load_inputs(run, world_size, int(os.environ.get("RANK", "0")))
 
-        from sdp_llm.engine import init_distributed
+        from sdp_llm.distributed import init_distributed
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.budget import total_steps
         from sdp_llm.training.run_folder import RunFolder

@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -27,8 +26,10 @@ from sdp_llm.checkpoint.export import export_pretrained
 from sdp_llm.checkpoint.load import load_checkpoint
 from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
 from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config, to_dict
+from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
+from sdp_llm.optim import adopt_options, group_options
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, shard
 from sdp_llm.sharding.materialize import ShardedModel
@@ -36,19 +37,6 @@ from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
 from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.unsupported import refuse_unsupported, unsupported
 from sdp_llm.versions import versions
-
-
-def init_distributed(timeout: timedelta) -> None:
-    """Start torch.distributed under any launcher, or for one process without one."""
-    # DeepSpeed would compile a shared-memory all-reduce, which only its inference on CPUs uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed would look for MPI otherwise.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", "0")
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def initialize(
@@ -306,14 +294,10 @@ class SDPEngine(DeepSpeedEngine):
         save_latest: bool,
     ) -> CheckpointWriting:
         scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
-        group_options = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.basic_optimizer.param_groups
-        ]
         state = {
             "counters": {name: getattr(self, name) for name in _COUNTERS},
             "scheduler": scheduler,
-            "param_groups": group_options,
+            "param_groups": group_options(self.basic_optimizer),
             "client_state": dict(client_state or {}),
             # For the reader, and for comparing what a run goes on with.
             "config": to_dict(self.run),
@@ -360,7 +344,7 @@ class SDPEngine(DeepSpeedEngine):
         # Another number of ranks may cut the batch into another number of micro-batches.
         self._restart_accumulation()
         if with_optimizer:
-            self._adopt_options(state["param_groups"], folder / tag)
+            adopt_options(self.basic_optimizer, state["param_groups"], folder / tag)
         if load_lr_scheduler_states and self.lr_scheduler is not None:
             if state["scheduler"] is None:
                 raise ConfigError(
@@ -369,16 +353,6 @@ class SDPEngine(DeepSpeedEngine):
                 )
             self.lr_scheduler.load_state_dict(state["scheduler"])
         return str(folder / tag), state["client_state"]
-
-    def _adopt_options(self, saved: list[dict[str, Any]], folder: Path) -> None:
-        groups = self.basic_optimizer.param_groups
-        if [{*options, "params"} for options in saved] != [set(group) for group in groups]:
-            raise ConfigError(
-                f"{folder}: saved with another optimizer than {type(self.basic_optimizer).__name__}"
-                "; use that one, or pass load_optimizer_states=False"
-            )
-        for group, options in zip(groups, saved, strict=True):
-            group.update(options)
 
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -1,11 +1,12 @@
-"""A run config's optimizer and scheduler on plain tensors, for training without an engine.
+"""A run config's optimizer and scheduler as torch classes, and the options of a saved optimizer.
 
-The engine lets DeepSpeed make both; here they are the torch classes that DeepSpeed takes for the
-same names, and DeepSpeed's own schedulers.
+The engine lets DeepSpeed make both; for training without an engine, here are the torch classes that
+DeepSpeed takes for the same names, and DeepSpeed's own schedulers.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +38,29 @@ def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_step
     section = scheduler_dict(run.scheduler, total_steps)
     classes = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
     return getattr(classes, section["type"])(optimizer, **section["params"])
+
+
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group is optimised with: all of it but the parameters."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def adopt_options(
+    optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], folder: Path
+) -> None:
+    """Go on with saved :func:`group_options`.
+
+    :param folder: of the checkpoint, for the message.
+    :raises ConfigError: they are another optimizer's.
+    """
+    groups = optimizer.param_groups
+    if [{*options, "params"} for options in saved] != [set(group) for group in groups]:
+        raise ConfigError(
+            f"{folder}: saved with another optimizer than {type(optimizer).__name__}; use that "
+            "one, or pass load_optimizer_states=False"
+        )
+    for group, options in zip(groups, saved, strict=True):
+        group.update(options)

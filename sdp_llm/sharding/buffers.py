@@ -9,9 +9,9 @@ from torch import Tensor
 class Buffers:
     """Hands out what was given back, where it has the size that is asked for.
 
-    Memory that is fresh from the system costs a page fault per page, on a CPU about as long as
-    sending it. Blocks are of one size, so that theirs go round. At a request of another size all
-    others are freed: nothing is kept beside what the largest unit needs anyway.
+    Memory that is fresh from the system costs a page fault per page. Blocks are of one size, so
+    that theirs go round. At a request of another size all others are freed: nothing is kept beside
+    what the largest unit needs anyway.
     """
 
     def __init__(self) -> None:
