@@ -34,6 +34,7 @@ class Case:
     is_bf16: bool = False
     accumulation: int = 1
     sequence_length: int = 32
+    under_way: int = 1
 
     @property
     def dtype(self) -> str:
@@ -41,7 +42,8 @@ class Case:
 
     def __str__(self) -> str:
         accumulation = f", {self.accumulation} micro-batches" if self.accumulation > 1 else ""
-        return f"stage {self.stage}, {self.masking}, {self.dtype}{accumulation}"
+        under_way = f", {self.under_way} under way" if self.under_way > 1 else ""
+        return f"stage {self.stage}, {self.masking}, {self.dtype}{accumulation}{under_way}"
 
     def run_config(self) -> RunConfig:
         """The run config of this case; everything that is not named has its default."""
@@ -53,7 +55,11 @@ class Case:
                 "gradient_clipping": MAX_NORM,
                 "bf16": {"enabled": self.is_bf16},
                 "zero_optimization": {"stage": self.stage},
-                "sdp": {"masking": self.masking, "coverage": self.coverage},
+                "sdp": {
+                    "masking": self.masking,
+                    "coverage": self.coverage,
+                    "reductions_under_way": self.under_way,
+                },
             }
         )
 

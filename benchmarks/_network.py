@@ -147,6 +147,12 @@ class Network:
         _run("tc", "-n", self.hub, *replace, _port(rank), "root", *bucket)
 
 
+def congestion_control() -> str:
+    """The name of this machine's algorithm for TCP, which new namespaces take over."""
+    path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "unknown"
+
+
 def burst_bytes(gbits: float) -> int:
     """What a link that :meth:`Network.limit` limits may send at once after a pause."""
     return max(MIN_BURST, round(gbits * 1e9 / 8 * BURST_S))

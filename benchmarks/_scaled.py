@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -69,7 +70,7 @@ def at_world_size(system: System, world_size: int) -> System | None:
         return system
     coverage = "1" if world_size == 1 else system.coverage
     is_possible = (Fraction(coverage) * world_size).denominator == 1
-    return System(SDP, coverage, system.masking, system.stage) if is_possible else None
+    return replace(system, coverage=coverage) if is_possible else None
 
 
 def run_case(

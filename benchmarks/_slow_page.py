@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks._network import MIN_BURST
+from benchmarks._network import MIN_BURST, congestion_control
 from benchmarks._record import markdown_table
 from benchmarks._systems import SDP, System, Workload
 
@@ -47,7 +47,8 @@ _ABOUT = (
     "them is limited in both directions by a token bucket (bursts of {burst} KiB, or 2 ms of the "
     "rate where that is more; packets of 1,500 bytes, of which 1,448 are payload). {steps} per "
     "measurement, after a first one over links without a limit, timed from a barrier to the end of "
-    "the slowest rank; each system is started anew {rounds}, all in turn. Seconds are medians. "
+    "the slowest rank; each system is started anew {rounds}, all in turn. TCP's congestion control "
+    "is {congestion}. Seconds are medians. "
     "Ratios of tokens/s are medians of the rounds' ratios. Sent is the byte counter of the rank's "
     "own interface, mean over ranks and rounds. {tokens} tokens per step, weights and traffic in "
     "{dtype}. All ranks share the CPU named below: where links are fast, it is computing that "
@@ -66,6 +67,7 @@ def page(
         burst=MIN_BURST // 1024,
         steps="One step" if steps == 1 else f"{steps} steps",
         rounds="once" if rounds == 1 else f"{rounds} times",
+        congestion=congestion_control(),
         tokens=tokens,
         dtype=workload.dtype,
     )

@@ -31,19 +31,24 @@ PEERS = tuple(_NAMES)
 
 @dataclass(frozen=True)
 class System:
-    """One way to train; ``coverage``, ``masking`` and ``stage`` are of SDP only."""
+    """One way to train; all but ``kind`` is of SDP only.
+
+    ``under_way`` is ``sdp.reductions_under_way``.
+    """
 
     kind: str
     coverage: str = "1"
     masking: str = "forward"
     stage: int = 2
+    under_way: int = 1
 
     def __str__(self) -> str:
         if self.kind != SDP:
             return self.kind
         # At C = 1 there is nothing to mask.
         masking = "" if self.coverage == "1" else f", {self.masking}"
-        return f"SDP, C = {self.coverage}{masking}, stage {self.stage}"
+        under_way = f", {self.under_way} under way" if self.under_way > 1 else ""
+        return f"SDP, C = {self.coverage}{masking}, stage {self.stage}{under_way}"
 
 
 @dataclass(frozen=True)
@@ -73,24 +78,24 @@ class Workload:
             self.is_bf16,
             self.accumulation,
             self.sequence_length,
+            system.under_way,
         )
 
 
 def parse_system(text: str) -> System:
-    """From the command line: one of :data:`PEERS`, or ``sdp:COVERAGE[:MASKING[:STAGE]]``.
+    """From the command line: a peer, or ``sdp:COVERAGE[:MASKING[:STAGE[:REDUCTIONS_UNDER_WAY]]]``.
 
     :raises ConfigError: when it is neither.
     """
     if text in _NAMES:
         return System(_NAMES[text])
     kind, *rest = text.split(":")
-    if kind == "sdp" and 1 <= len(rest) <= 3:
-        coverage, masking, stage = [*rest, *("forward", "2")[len(rest) - 1 :]]
-        section = {"coverage": coverage, "masking": masking}
-        run = parse_config(
-            {"sdp": section, "zero_optimization": {"stage": int(stage) if stage.isdigit() else -1}}
-        )
-        return System(SDP, coverage, run.sdp.masking, run.zero_optimization.stage)
+    if kind == "sdp" and 1 <= len(rest) <= 4:
+        coverage, masking, *numbers = [*rest, *("forward", "2", "1")[len(rest) - 1 :]]
+        stage, under_way = (int(number) if number.isdigit() else -1 for number in numbers)
+        sdp = {"coverage": coverage, "masking": masking, "reductions_under_way": under_way}
+        run = parse_config({"sdp": sdp, "zero_optimization": {"stage": stage}})
+        return System(SDP, coverage, run.sdp.masking, run.zero_optimization.stage, under_way)
     raise ConfigError(
         f"system {text!r}: unknown; give {', '.join(PEERS)}, or sdp:COVERAGE:MASKING:STAGE such as "
         "sdp:1/2:forward:2"

@@ -126,6 +126,7 @@ class SDPEngine(DeepSpeedEngine):
             self.sharded.communicator,
             stage=self.sharded.stage,
             overlap=run.zero_optimization.overlap_comm,
+            under_way=run.sdp.reductions_under_way,
         )
         super().__init__(
             args=None,

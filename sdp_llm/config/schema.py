@@ -88,6 +88,12 @@ class SDPConfig:
         OWNER_SETS, "the ranks of every block, instead of coverage", None
     )
     seed: int = key(COUNT, "seed of the assignment", 0)
+    reductions_under_way: int = key(
+        POSITIVE,
+        "units whose gradients may be under way at a time; more of them keep slow links busy and "
+        "take memory",
+        1,
+    )
 
     def __post_init__(self) -> None:
         names = ("coverage", "owners_per_block", "owner_sets")

@@ -15,6 +15,7 @@ from itertools import groupby
 
 from sdp_llm.plan.assignment import Plan
 from sdp_llm.plan.size import FP32_BYTES, CostSetup, ModelSize, UnitSize
+from sdp_llm.plan.transient import transient_bytes
 
 
 @dataclass(frozen=True)
@@ -190,47 +191,5 @@ def _activations(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> in
 
 
 def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
-    """The largest sum of buffers of `sharding/reducer.py` in a backward pass, in bytes.
-
-    While a unit's gradients come in, the last parameter's is still there as autograd made it, in
-    `w` bytes. Of a unit under way there are what is received (the other owners' slices of a shard
-    on gloo, the shard on NCCL), in fp32 while it is added where it is narrower, and what is sent:
-
-    - Stages 0 and 1: the fp32 gradient itself, or a copy of it in a narrower type; stage 0 gathers
-      in a second copy.
-    - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
-      unit are collected together, since the first parameter of a block completes last.
-
-    With overlap the unit under way keeps its buffers while the next one comes in, and is summed
-    when that one is launched. An upper bound, reached but for the order in which a unit's
-    parameters complete (a few percent at stage 2).
-    """
-    r = setup.reduction_bytes
-    is_collected = setup.stage == 2
-    copies = 0 if is_collected or r == FP32_BYTES else 2 - setup.stage
-
-    def received(unit: UnitSize) -> float:
-        p = len(_owners(plan, unit))
-        return unit.numel * r * (p - 1 if setup.backend == "gloo" else 1) / p
-
-    def launched(unit: UnitSize) -> float:
-        summand = 0 if r == FP32_BYTES else FP32_BYTES / len(_owners(plan, unit))
-        # The second copy is made when all summands have been added.
-        return received(unit) + unit.numel * (min(copies, 1) * r + max((copies - 1) * r, summand))
-
-    peak = under_way = 0.0
     groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]
-    for pieces in reversed(groups):
-        here = float(setup.weight_bytes * max(unit.largest_parameter for unit in pieces))
-        if len(_owners(plan, pieces[0])) == 1:  # nothing to reduce
-            peak = max(peak, here + under_way)
-            continue
-        if is_collected:
-            here += r * sum(unit.numel for unit in pieces)
-        # The pieces go in descending order, one at a time.
-        first, waited_for = pieces[0], pieces[1:] if setup.overlap else pieces
-        sent = received(first) + min(copies, 1) * r * first.numel
-        peak = max(peak, here + under_way, here + sent, *(here + launched(u) for u in waited_for))
-        if setup.overlap:
-            under_way = launched(first) + (r * first.numel if is_collected else 0)
-    return round(max(peak, under_way))
+    return transient_bytes([(len(_owners(plan, pieces[0])), pieces) for pieces in groups], setup)

@@ -87,6 +87,7 @@ class CostSetup:
         accumulation: `A`.
         gradient_checkpointing: blocks run forward a second time in the backward pass.
         overlap: `overlap_comm`: gradients are collected while others are under way.
+        under_way: `sdp.reductions_under_way`: how many reductions may be.
         backend: "gloo" or "nccl": gloo receives as much as it sends, NCCL the reduced shard.
         moment_bytes: optimizer state per parameter without the master: 8 for Adam and AdamW.
     """
@@ -98,6 +99,7 @@ class CostSetup:
     accumulation: int = 1
     gradient_checkpointing: bool = False
     overlap: bool = True
+    under_way: int = 1
     backend: str = "gloo"
     moment_bytes: int = 8
 
@@ -126,6 +128,7 @@ def setup_from_config(config: RunConfig, accumulation: int, backend: str) -> Cos
         accumulation=accumulation,
         gradient_checkpointing=config.model is not None and config.model.gradient_checkpointing,
         overlap=zero.overlap_comm,
+        under_way=config.sdp.reductions_under_way,
         backend=backend,
         moment_bytes=_moment_bytes(config.optimizer),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,13 +20,15 @@ class GradientReducer:
 
     Between :meth:`begin` and :meth:`finish` a hook on every parameter moves its gradient into its
     unit in fp32. In a pass that reduces, a unit's reduction starts as soon as it is complete and
-    its turn has come; the backward pass goes on meanwhile. At most one reduction is under way, so
-    that at most one unit's send and receive buffers exist beside the unit being collected.
+    its turn has come; the backward pass goes on meanwhile.
 
     :param units: the units that this rank owns, in forward order.
     :param model: its parameters are views into the units.
     :param stage: at 2 every pass must reduce; at 0 and 1 only the last of a step.
     :param overlap: False waits for each reduction at once (``overlap_comm``).
+    :param under_way: how many reductions may be under way, each with its send and receive buffers,
+        beside the unit being collected. With one, a link stands idle while an owner waits for
+        another that is busy with a third; with more there is something to send meanwhile.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class GradientReducer:
         *,
         stage: int,
         overlap: bool = True,
+        under_way: int = 1,
     ) -> None:
         self._units = units
         self._communicator = communicator
@@ -44,7 +48,8 @@ class GradientReducer:
         self._cursor = LaunchCursor([len(unit.layout.parameters) for unit in units])
         self._buffers = Buffers()
         self._collected: dict[int, Tensor] = {}
-        self._under_way: Callable[[], None] | None = None
+        self._under_way: deque[Callable[[], None]] = deque()
+        self._most_under_way = under_way
         self._is_active = self._is_reducing = False
         for u, unit in enumerate(units):
             for i, spec in enumerate(unit.layout.parameters):
@@ -66,7 +71,7 @@ class GradientReducer:
         if self._is_active and self._is_reducing:
             for u in self._cursor.finish():
                 self._launch(u)
-            self._complete()
+            self._leave_under_way(0)
             self._buffers.clear()
         self._is_active = False
 
@@ -108,7 +113,7 @@ class GradientReducer:
         unit = self._units[u]
         if unit.group is None:
             return
-        self._complete()
+        self._leave_under_way(self._most_under_way - 1)
         if self._is_staged(unit):
             send = self._staging(u)
             for i in self._cursor.missing(u):
@@ -120,15 +125,14 @@ class GradientReducer:
         numel = self._communicator.received_numel(send.numel(), unit.group)
         received = self._buffers.take(numel, send, send.dtype)
         summands, pending = self._communicator.reduce_scatter(send, received, unit.group)
-        self._under_way = partial(self._receive, unit, send, received, summands, pending)
+        self._under_way.append(partial(self._receive, unit, send, received, summands, pending))
         if not self._overlap:
-            self._complete()
+            self._leave_under_way(0)
 
-    def _complete(self) -> None:
-        """Wait for the reduction under way, if there is one."""
-        if self._under_way is not None:
-            self._under_way()
-            self._under_way = None
+    def _leave_under_way(self, count: int) -> None:
+        """Wait until at most so many reductions are under way; the oldest come first."""
+        while len(self._under_way) > count:
+            self._under_way.popleft()()
 
     def _receive(
         self,

@@ -111,7 +111,7 @@ MORE_CASES += [
 CASES += [
     Case(overlap=False),
     Case(stage=1, overlap=False),
-    Case(bucket=3000),
+    Case(bucket=3000, under_way=3),
     Case(stage=1, bucket=1500, masking="backward"),
     Case(clip=0.0),
     Case(extra=(("model", {"config": "given", "gradient_checkpointing": True}),)),

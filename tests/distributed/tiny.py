@@ -31,6 +31,7 @@ class Case:
     is_tied: bool = False
     is_bf16: bool = False
     overlap: bool = True
+    under_way: int = 1
     bucket: int = 500_000_000
     communication: str | None = None
     optimizer: str = "AdamW"
@@ -84,7 +85,11 @@ def run_config(case: Case) -> dict[str, Any]:
             "overlap_comm": case.overlap,
             "reduce_bucket_size": case.bucket,
         },
-        "sdp": {"masking": case.masking, "owners_per_block": case.owners_per_block},
+        "sdp": {
+            "masking": case.masking,
+            "owners_per_block": case.owners_per_block,
+            "reductions_under_way": case.under_way,
+        },
         "training": {"seed": 7},
     }
     if case.communication:

@@ -24,6 +24,7 @@ MB = 2**20
         ("sdp:1", System(SDP, "1", "forward", 2)),
         ("sdp:1/2:backward", System(SDP, "1/2", "backward", 2)),
         ("sdp:1/4:forward:1", System(SDP, "1/4", "forward", 1)),
+        ("sdp:1/4:forward:1:3", System(SDP, "1/4", "forward", 1, 3)),
     ],
 )
 def test_systems_by_name(text: str, system: System) -> None:

@@ -217,6 +217,21 @@ def test_overlap_keeps_the_unit_under_way_while_the_next_is_collected(max_piece:
     assert overlapped.transient == 4 * 100 + 4 * 240 + 4 * max_piece + launched
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_reductions_under_way_keep_their_buffers(stage: int) -> None:
+    """bf16, 8 blocks of 240: what is received from one other, and what is sent."""
+    blocks = tuple(UnitSize(b, 240, 100) for b in range(8))
+    size = replace(_model(8), units=(UnitSize(None, 8, 4), *blocks, UnitSize(None, 8, 4)))
+    plan = make_plan(2, 8, coverage=Fraction(1))
+
+    def transient(under_way: int) -> int:
+        setup = CostSetup(stage=stage, weight_bytes=2, reduction_bytes=2, under_way=under_way)
+        return rank_memory(size, plan, setup, 0).transient
+
+    each = 2 * 120 + 2 * 240
+    assert [transient(k + 1) - transient(k) for k in (1, 2, 3)] == [each] * 3
+
+
 def test_units_with_one_owner_need_no_buffers_and_no_messages() -> None:
     plan = make_plan(1, 8, coverage=Fraction(1))
     cost = sdp_cost(_model(8), plan, CostSetup(stage=2))
