@@ -89,6 +89,8 @@ def _parse_field(item: Field[Any], path: str, value: Any, siblings: Mapping[str,
     metadata = item.metadata
     if "section" in metadata:
         return _parse_section(metadata["section"], path, value)
+    if "items" in metadata:
+        return _parse_items(metadata["items"], path, value)
     if "params" in metadata:
         return metadata["params"](path, siblings["type"], value)
     if value == AUTO:
@@ -96,6 +98,12 @@ def _parse_field(item: Field[Any], path: str, value: Any, siblings: Mapping[str,
             return None
         raise wrong(path, value, f"only {AUTO_KEYS} can be auto; give a value")
     return metadata["kind"].parse(path, value)
+
+
+def _parse_items(cls: type, path: str, raw: Any) -> tuple[Any, ...]:
+    if not isinstance(raw, list | tuple) or not raw:
+        raise wrong(path, raw, "expected a list [{...}, ...] of at least one object")
+    return tuple(_parse_section(cls, f"{path}[{i}]", item) for i, item in enumerate(raw))
 
 
 def _check_known(cls: type, path: str, name: str) -> None:

@@ -73,6 +73,37 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"sdp.owner_sets": [[0], []]}, ["sdp.owner_sets[1] = []"]),
     ({"sdp.owner_sets": [[0], [-1]]}, ["sdp.owner_sets[1][0] = -1"]),
     ({"sdp.owner_sets": [[0, 0]]}, ["sdp.owner_sets[0]", "named twice"]),
+    # phases
+    ({"sdp.schedule": []}, ["sdp.schedule = []: expected a list [{...}, ...]"]),
+    ({"sdp.schedule": {"until": 1}}, ["sdp.schedule = {", "expected a list [{...}, ...]"]),
+    ({"sdp.schedule": [3]}, ["sdp.schedule[0] = 3: expected an object"]),
+    (
+        {"sdp.schedule": [{"until": 0.5}, {"until": 1, "covarage": 1}]},
+        ["sdp.schedule[1].covarage: unknown key", "did you mean sdp.schedule[1].coverage?"],
+    ),
+    ({"sdp.schedule": [{"untl": 1}]}, ["sdp.schedule[0].untl", "sdp.schedule[0].until?"]),
+    ({"sdp.schedule": [{"coverage": 1}]}, ["sdp.schedule[0].until: missing"]),
+    (
+        {"sdp.schedule": [{"until": 1, "memory_limit_gib": 1}]},
+        ["sdp.schedule[0].memory_limit_gib: unknown key", "did you mean sdp.memory_limit_gib?"],
+    ),
+    ({"sdp.schedule": [{"until": 1.5}]}, ["sdp.schedule[0].until = 1.5", "> 0 and ≤ 1"]),
+    ({"sdp.schedule": [{"until": "auto"}]}, ["sdp.schedule[0].until", "can be auto"]),
+    (
+        {"sdp.schedule": [{"until": 0.5}, {"until": 0.4}]},
+        ["sdp.schedule[1].until = 0.4: expected more than 0.5", "in the order of the run"],
+    ),
+    (
+        {"sdp.schedule": [{"until": 0.5}, {"until": 0.9}]},
+        ["sdp.schedule[1].until = 0.9: the last phase must end with the run", "set it to 1"],
+    ),
+    (
+        {"sdp.schedule": [{"until": 1, "coverage": 1, "owners_per_block": 2}]},
+        ["sdp.schedule[0].coverage and sdp.schedule[0].owners_per_block", "at most one"],
+    ),
+    ({"sdp.schedule": [{"until": 1, "masking": "both"}]}, ["sdp.schedule[0].masking"]),
+    ({"sdp.rotate_every": -1}, ["sdp.rotate_every = -1: expected an integer ≥ 0"]),
+    ({"sdp.memory_limit_gib": 0}, ["sdp.memory_limit_gib = 0: expected a number > 0"]),
     ({"training.tokens": 5}, ["training.steps and training.tokens", "exactly one", "null"]),
     ({"data.train": 3}, ["data.train = 3: expected a path, or an object of paths and weights"]),
     ({"data.train": {}}, ["data.train = {}: expected a path, or an object"]),
