@@ -24,7 +24,6 @@ from sdp_llm.data.sampler import samples_at
 from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.training.backends import EngineBackend, Step
-from sdp_llm.training.budget import total_steps
 from sdp_llm.training.inputs import load_inputs
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.session import train
@@ -70,11 +69,10 @@ class Watched(EngineBackend):
         self,
         run: Any,
         inputs: Any,
-        steps: int,
         stop_after: int | None,
         full_disk: tuple[int, int] | None,
     ) -> None:
-        super().__init__(run, inputs, steps, self._asked)
+        super().__init__(run, inputs, self._asked)
         self._stop_after = stop_after
         self._in_evaluation = False
         self._full_disk = full_disk
@@ -122,7 +120,6 @@ def job(
     """Run on a rank: what ``launch/pretrain.py`` does, and what came of it."""
     run = load_config(config, ["training.export=false", *overrides])
     inputs = load_inputs(run, dist.get_world_size())
-    steps = total_steps(run, inputs)
     error, backend, said = "", None, io.StringIO()
     write = save.write_tensors
 
@@ -133,9 +130,9 @@ def job(
     save.write_tensors = write_slowly
     try:
         with redirect_stdout(said):
-            folder = RunFolder(run, inputs.plan, dist.get_rank() == 0, resume)
-            backend = Watched(run, inputs, steps, stop_after, full_disk)
-            train(run, inputs, backend, folder, resume, steps)
+            folder = RunFolder(run, inputs.schedule, dist.get_rank() == 0, resume)
+            backend = Watched(run, inputs, stop_after, full_disk)
+            train(run, inputs, backend, folder, resume)
     except (ConfigError, TrainingStopped) as caught:
         error = str(caught)
     limit_files(resource.RLIM_INFINITY)

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import LlamaConfig
 
 from sdp_llm.config import RunConfig, parse_config, resolve_batch
-from sdp_llm.data import IndexedDataset, IndexedDatasetWriter, PackedDataset
-from sdp_llm.plan import plan_from_config
 from sdp_llm.training.budget import total_steps
-from sdp_llm.training.inputs import Inputs
 
 BLOCKS, HIDDEN, INTERMEDIATE, VOCABULARY, SEQUENCE, BATCH = 8, 32, 48, 96, 16, 8
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
-    prefix = tmp_path_factory.mktemp("corpus") / "train"
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        writer.add_document(np.arange(1000) % VOCABULARY)
-    return PackedDataset(IndexedDataset(prefix), SEQUENCE)
-
-
-def steps(dataset: PackedDataset, budget: dict[str, int], world_size: int = 4, **sdp: Any) -> int:
+def steps(budget: dict[str, int], world_size: int = 4, **sdp: Any) -> int:
     run: RunConfig = parse_config(
         {
             "train_batch_size": BATCH,
@@ -44,22 +32,21 @@ def steps(dataset: PackedDataset, budget: dict[str, int], world_size: int = 4, *
         vocab_size=VOCABULARY,
         max_position_embeddings=SEQUENCE,
     )
-    plan = plan_from_config(run.sdp, world_size, BLOCKS)
-    return total_steps(run, Inputs(model, plan, resolve_batch(run, world_size), dataset, None))
+    return total_steps(run, model, resolve_batch(run, world_size), world_size)
 
 
-def test_steps_are_steps(dataset: PackedDataset) -> None:
-    assert steps(dataset, {"steps": 17}) == 17
+def test_steps_are_steps() -> None:
+    assert steps({"steps": 17}) == 17
 
 
 @pytest.mark.parametrize(
     ("tokens", "expected"), [(1, 1), (127, 1), (128, 1), (129, 2), (1280, 10), (1281, 11)]
 )
-def test_tokens_are_steps_rounded_up(dataset: PackedDataset, tokens: int, expected: int) -> None:
+def test_tokens_are_steps_rounded_up(tokens: int, expected: int) -> None:
     assert BATCH * SEQUENCE == 128
-    assert steps(dataset, {"tokens": tokens}) == expected
+    assert steps({"tokens": tokens}) == expected
     # However many ranks share the batch.
-    assert steps(dataset, {"tokens": tokens}, world_size=2) == expected
+    assert steps({"tokens": tokens}, world_size=2) == expected
 
 
 def flops(owned: float) -> float:
@@ -77,15 +64,15 @@ def flops(owned: float) -> float:
         ({"coverage": "1/2", "pinned_first": 0, "pinned_last": 0}, 4),
     ],
 )
-def test_flops_of_dense_steps(dataset: PackedDataset, sdp: dict[str, Any], owned: float) -> None:
+def test_flops_of_dense_steps(sdp: dict[str, Any], owned: float) -> None:
     expected = round(1000 * flops(BLOCKS) / flops(owned))
-    assert steps(dataset, {"flops_of_dense_steps": 1000}, **sdp) == expected
+    assert steps({"flops_of_dense_steps": 1000}, **sdp) == expected
     assert (expected == 1000) == (owned == BLOCKS)
 
 
-def test_backward_masking_saves_less(dataset: PackedDataset) -> None:
+def test_backward_masking_saves_less() -> None:
     # Every block runs forward, and backward for the activations: 4 of 6 for what is not owned.
     frozen = 3 * 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
     expected = round(1000 * flops(BLOCKS) / (flops(BLOCKS) - frozen))
     sdp = {"coverage": "1/2", "masking": "backward"}
-    assert steps(dataset, {"flops_of_dense_steps": 1000}, **sdp) == expected
+    assert steps({"flops_of_dense_steps": 1000}, **sdp) == expected

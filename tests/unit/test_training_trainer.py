@@ -20,7 +20,7 @@ from sdp_llm.config import parse_config, resolve_batch
 from sdp_llm.data import IndexedDataset, IndexedDatasetWriter, PackedDataset, samples_at
 from sdp_llm.errors import TrainingStopped
 from sdp_llm.evaluation import Evaluation
-from sdp_llm.plan import plan_from_config
+from sdp_llm.plan import schedule_from_config
 from sdp_llm.training.backends import Step
 from sdp_llm.training.inputs import Inputs, target_bytes
 from sdp_llm.training.position import Position
@@ -84,10 +84,10 @@ def trainer(
             "training": {"run_dir": str(folder / "run"), "seed": SEED, **training},
         }
     )
-    plan = plan_from_config(run.sdp, backend.world_size, 4)
+    schedule = schedule_from_config(run.sdp, backend.world_size, 4, steps)
     batch = resolve_batch(run, backend.world_size)
-    inputs = Inputs(LlamaConfig(num_hidden_layers=4), plan, batch, dataset, dataset)
-    return Trainer(run, inputs, backend, RunFolder(run, plan, is_writer=True), steps)
+    inputs = Inputs(LlamaConfig(num_hidden_layers=4), schedule, batch, dataset, dataset)
+    return Trainer(run, inputs, backend, RunFolder(run, schedule, is_writer=True), steps)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -274,7 +274,7 @@ def test_bits_per_byte_are_the_loss_of_the_text(
     assert job.run.data is not None
     run = replace(job.run, data=replace(job.run.data, tokenizer="letters"))
     run = replace(run, training=replace(run.training, run_dir=str(tmp_path / "other")))
-    folder = RunFolder(run, job.inputs.plan, is_writer=True)
+    folder = RunFolder(run, job.inputs.schedule, is_writer=True)
     job = Trainer(run, job.inputs, Notes(), folder, 1)
     job.validate()
     [entry] = [json.loads(x) for x in (tmp_path / "other" / "metrics.jsonl").open()]
