@@ -23,11 +23,11 @@ from sdp_llm.config.schema import (
     OptimizerConfig,
     RunConfig,
     SchedulerConfig,
-    SDPConfig,
     TrainingConfig,
     WandbConfig,
     ZeroConfig,
 )
+from sdp_llm.config.sdp_section import PhaseConfig, SDPConfig
 
 __all__ = [
     "BF16Config",
@@ -36,6 +36,7 @@ __all__ = [
     "FileMonitorConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "RunConfig",
     "SDPConfig",
     "SchedulerConfig",

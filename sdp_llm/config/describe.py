@@ -27,6 +27,8 @@ def markdown_table() -> str:
 
 
 def _type(item: Field[Any]) -> str:
+    if "items" in item.metadata:
+        return "list of objects"
     return "object" if "params" in item.metadata else item.metadata["kind"].name
 
 

@@ -92,13 +92,15 @@ def keys_without_effect(config: RunConfig) -> list[str]:
 
 
 def _section_dict(section: Any) -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
     for item in fields(section):
         value = getattr(section, item.name)
         if value is None:
             continue
         if "section" in item.metadata:
             result[item.name] = _section_dict(value)
+        elif "items" in item.metadata:
+            result[item.name] = [_section_dict(entry) for entry in value]
         elif "params" in item.metadata:
             result[item.name] = dict(value)
         else:

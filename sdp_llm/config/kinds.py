@@ -162,6 +162,10 @@ def _parse_betas(path: str, value: Any) -> list[float]:
 
 
 def _parse_coverage(path: str, value: Any) -> Fraction:
+    return _parse_share(path, value, MAX_DENOMINATOR)
+
+
+def _parse_share(path: str, value: Any, max_denominator: int | None = None) -> Fraction:
     rule = 'expected a number > 0 and ≤ 1, or a fraction as a string such as "1/3"'
     fraction = None
     if isinstance(value, Fraction):
@@ -171,7 +175,9 @@ def _parse_coverage(path: str, value: Any) -> Fraction:
         if not denominator or int(denominator):
             fraction = Fraction(numerator) / int(denominator or 1)
     elif is_number(value):
-        fraction = Fraction(str(value)).limit_denominator(MAX_DENOMINATOR)
+        fraction = Fraction(str(value))
+        if max_denominator is not None:
+            fraction = fraction.limit_denominator(max_denominator)
     if fraction is None or not 0 < fraction <= 1:
         raise wrong(path, value, rule)
     return fraction
@@ -214,6 +220,7 @@ STRING = Kind("string", _parse_string)
 ANY_STRING = Kind("string", _parse_any_string)
 CORPORA = Kind("string or {string: weight}", _parse_corpora)
 BETAS = Kind("pair of numbers", _parse_betas)
+SHARE = Kind('number or "a/b"', _parse_share, str)
 COVERAGE = Kind('number or "a/b"', _parse_coverage, str)
 OWNER_SETS = Kind(
     "list of lists of ranks", _parse_owner_sets, lambda sets: [list(owners) for owners in sets]

@@ -1,6 +1,6 @@
 """The run config as frozen dataclasses: every key with its type, default, unit and meaning.
 
-This is the one place that declares keys: parsing, writing and the table of keys read the metadata
+This and `sdp_section.py` declare all keys: parsing, writing and the table of keys read the metadata
 of these fields.
 """
 
@@ -10,48 +10,28 @@ of these fields.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdp_llm.config import named
+from sdp_llm.config.declare import key, section
 from sdp_llm.config.kinds import (
     ANY_STRING,
     BOOLEAN,
     COMMUNICATION_DTYPE,
     CORPORA,
     COUNT,
-    COVERAGE,
-    OWNER_SETS,
     POSITIVE,
     STRING,
     Kind,
-    choice,
     is_number,
     number,
     wrong,
 )
+from sdp_llm.config.sdp_section import SDPConfig
 from sdp_llm.errors import ConfigError
 
-DEFAULT_COVERAGE = Fraction(1, 2)
 BUDGETS = ("steps", "tokens", "flops_of_dense_steps")
-
-
-def key(kind: Kind, help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A key that holds a value; without a default it must be given.
-
-    Metadata: `auto` ("auto" is allowed and means not given), `no_effect` (accepted and ignored),
-    `shown` (the default as the table of keys shows it).
-    """
-    return field(default=default, metadata={"kind": kind, "help": help, **metadata})
-
-
-def section(cls: type, *, optional: bool) -> Any:
-    """A key that holds an object; `optional` ones are None where they are not given."""
-    metadata = {"section": cls}
-    if optional:
-        return field(default=None, metadata=metadata)
-    return field(default_factory=cls, metadata=metadata)
 
 
 _OPTIMIZER_TYPE = Kind("string", named.parse_optimizer_type)
@@ -64,47 +44,6 @@ def _parse_stage(path: str, value: Any) -> int:
     if not is_number(value) or value not in (0, 1, 2):
         raise wrong(path, value, "expected 0, 1 or 2")
     return int(value)
-
-
-@dataclass(frozen=True)
-class SDPConfig:
-    """Which blocks each rank trains; see `sdp_llm.plan`."""
-
-    masking: str = key(
-        choice("forward", "backward"),
-        "what a rank does with a block it does not own: skip it, or run it frozen",
-        "forward",
-    )
-    coverage: Fraction | None = key(
-        COVERAGE, "share of the ranks that own each free block", None, shown="1/2"
-    )
-    owners_per_block: int | None = key(POSITIVE, "ranks per free block, instead of coverage", None)
-    strategy: str = key(
-        choice("balanced", "cyclic", "random"), "how free blocks are assigned to ranks", "balanced"
-    )
-    pinned_first: int = key(COUNT, "blocks at the start that every rank owns", 1)
-    pinned_last: int = key(COUNT, "blocks at the end that every rank owns", 1)
-    owner_sets: tuple[tuple[int, ...], ...] | None = key(
-        OWNER_SETS, "the ranks of every block, instead of coverage", None
-    )
-    seed: int = key(COUNT, "seed of the assignment", 0)
-    reductions_under_way: int = key(
-        POSITIVE,
-        "units whose gradients may be under way at a time; more of them keep slow links busy and "
-        "take memory",
-        1,
-    )
-
-    def __post_init__(self) -> None:
-        names = ("coverage", "owners_per_block", "owner_sets")
-        given = [f"sdp.{name}" for name in names if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(
-                f"{' and '.join(given)}: at most one of {', '.join(names)} may be given; "
-                "remove the others or set them to null"
-            )
-        if not given:
-            object.__setattr__(self, "coverage", DEFAULT_COVERAGE)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sdp_llm.config import (
+    PhaseConfig,
     RunConfig,
     SDPConfig,
     deepspeed_dict,
@@ -110,6 +111,7 @@ def test_values_are_normalised() -> None:
 ROUND_TRIPS: list[dict[str, Any]] = [
     {},
     {"sdp": {"owner_sets": [[0, 1], [1], [0, 1]], "masking": "backward"}},
+    {"sdp.schedule": [{"until": "1/3", "rotate_every": 5}, {"until": 1, "coverage": 1}]},
     {"sdp": {"owners_per_block": 3}, "communication_data_type": "fp32"},
     {"sdp.coverage": 0.333, "zero_optimization.round_robin_gradients": True, "bf16.enabled": True},
     {"tensorboard": {"enabled": True}, "wandb": {"team": "t"}, "csv_monitor.output_path": ""},
@@ -121,6 +123,30 @@ ROUND_TRIPS: list[dict[str, Any]] = [
 def test_round_trip(changes: dict[str, Any]) -> None:
     config = parse_config(changed(changes))
     assert parse_config(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_phase_replaces_whichever_way_the_section_gives_owners() -> None:
+    raw = {"owner_sets": [[0], [0, 1]], "schedule": [{"until": 0.5, "coverage": 1}, {"until": 1}]}
+    (until, first), (_, second) = parse_config({"sdp": raw}).sdp.phases()
+    assert until == Fraction(1, 2)
+    assert (first.coverage, first.owner_sets, first.schedule) == (1, None, None)
+    assert (second.coverage, second.owner_sets) == (None, ((0,), (0, 1)))
+
+
+def test_a_section_without_a_schedule_is_one_phase() -> None:
+    sdp = SDPConfig(masking="backward")
+    assert sdp.phases() == ((Fraction(1), sdp),)
+
+
+def test_a_schedule_can_be_set_on_the_command_line() -> None:
+    config = parse_config(BASE, ['sdp.schedule=[{"until": 1, "coverage": "1/4"}]'])
+    assert config.sdp.schedule is not None
+    assert config.sdp.schedule[0].coverage == Fraction(1, 4)
+    one_key = parse_config(to_dict(config), ["sdp.schedule[0].coverage=3/4"]).sdp.schedule
+    assert one_key == (PhaseConfig(until=Fraction(1), coverage=Fraction(3, 4)),)
+    inherited = parse_config(to_dict(config), ["sdp.schedule[0].coverage=null"]).sdp.schedule
+    assert inherited == (PhaseConfig(until=Fraction(1)),)
+    assert parse_config(to_dict(config), ["sdp.schedule=null"]).sdp.schedule is None
 
 
 def test_overrides() -> None:
