@@ -31,6 +31,7 @@ from sdp_llm.config.kinds import (
     number,
     wrong,
 )
+from sdp_llm.config.residual import RESIDUAL_SCALES, check_residual_scale
 from sdp_llm.errors import ConfigError
 
 DEFAULT_COVERAGE = Fraction(1, 2)
@@ -88,8 +89,15 @@ class SDPConfig:
         OWNER_SETS, "the ranks of every block, instead of coverage", None
     )
     seed: int = key(COUNT, "seed of the assignment", 0)
+    residual_scale: str = key(
+        choice(*RESIDUAL_SCALES),
+        "what a block of owner share s = p/n adds is multiplied by 1/s in subnetworks "
+        "(inverse_coverage), or by s in the whole model (eval)",
+        "none",
+    )
 
     def __post_init__(self) -> None:
+        check_residual_scale(self.masking, self.residual_scale)
         names = ("coverage", "owners_per_block", "owner_sets")
         given = [f"sdp.{name}" for name in names if getattr(self, name) is not None]
         if len(given) > 1:
