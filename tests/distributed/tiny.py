@@ -36,6 +36,7 @@ class Case:
     optimizer: str = "AdamW"
     clip: float = 0.5
     eos_id: int | None = None
+    residual_scale: str = "none"
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
@@ -84,7 +85,11 @@ def run_config(case: Case) -> dict[str, Any]:
             "overlap_comm": case.overlap,
             "reduce_bucket_size": case.bucket,
         },
-        "sdp": {"masking": case.masking, "owners_per_block": case.owners_per_block},
+        "sdp": {
+            "masking": case.masking,
+            "owners_per_block": case.owners_per_block,
+            "residual_scale": case.residual_scale,
+        },
         "training": {"seed": 7},
     }
     if case.communication:
