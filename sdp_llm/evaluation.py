@@ -111,7 +111,8 @@ def whole_model(sharded: ShardedModel) -> Iterator[nn.Module]:
             send = _Sender(held[b], sharded.communicator)
             hooks.append(blocks[b].register_forward_pre_hook(send))
     try:
-        yield model
+        with subnetwork.residual_scale.whole_model():
+            yield model
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,6 +23,7 @@ from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
 from sdp_llm.subnetwork.pretrained import open_pretrained
+from sdp_llm.subnetwork.residual import ResidualScale
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Simulation:
     :param dtype: of the weights; masters and gradients are fp32.
     :param max_norm: clip the global gradient norm to this (0: never).
     :param eos_id: the id that ends every document: then documents do not see each other.
+    :param residual_scale: ``sdp.residual_scale``; :attr:`residual_scale` follows the plan.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Simulation:
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
         eos_id: int | None = None,
+        residual_scale: str = "none",
     ) -> None:
         self.plan = plan
         self.eos_id = eos_id
@@ -71,6 +74,7 @@ class Simulation:
         self.model = empty_model(config, attn_implementation)
         self.model.config.use_cache = False
         self.layout = model_layout(self.model)
+        self.residual_scale = ResidualScale(residual_scale, self.model, plan)
         self.masters: dict[str, nn.Parameter] = {}
         pretrained = None if init_from is None else open_pretrained(init_from, self.model)
         for unit in self.layout.units:
@@ -158,10 +162,18 @@ class Simulation:
     def evaluate(self, batches: Sequence[Tensor]) -> float:
         """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors."""
         total, targets = 0.0, 0
-        for batch in batches:
-            total += summed_loss(self.model, batch, self.eos_id).item()
-            targets += target_count(batch)
+        with self.residual_scale.whole_model():
+            for batch in batches:
+                total += summed_loss(self.model, batch, self.eos_id).item()
+                targets += target_count(batch)
         return total / targets
+
+    def exported(self) -> dict[str, Tensor]:
+        """The whole model's state dict, with the residual scale folded into its weights."""
+        state: dict[str, Tensor] = self.model.state_dict()
+        for name, fold in self.residual_scale.folds().items():
+            state[name] = fold(self.masters[name].detach()).to(state[name].dtype)
+        return state
 
     def _collect(self, total: dict[str, Tensor]) -> None:
         for name, parameter in self._weights.items():

@@ -25,6 +25,7 @@ from sdp_llm.checkpoint.stream import Entry, read_part, write_stream
 from sdp_llm.checkpoint.together import WrittenFile, write_together
 from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
+from sdp_llm.subnetwork.residual import Fold, exported_folds, owner_shares
 
 # Elements in memory at a time: 8 MiB of fp32, whatever the largest tensor is.
 CHUNK = 1 << 21
@@ -41,7 +42,8 @@ def export_checkpoint(
 ) -> None:
     """Write the whole model of ``checkpoint`` for ``AutoModelForCausalLM.from_pretrained``.
 
-    One process, on the CPU. ``output`` appears complete or not at all.
+    One process, on the CPU. ``output`` appears complete or not at all. ``sdp.residual_scale``
+    "eval" is folded into the weights, in fp32 from the masters, under the plan of the checkpoint.
 
     :param checkpoint: a step's folder.
     :param dtype: of the weights (default: that in which they were trained).
@@ -101,6 +103,7 @@ class _ModelTensors:
         reader.check_parameters(here, "give the config it was trained with as --model_config")
         self.dtype = dtype
         self._reader = reader
+        self._folds = _folds(reader.state, config, layout.blocks_path)
         aliases = written_aliases(layout, config)
         self._sources = {s.name: s.name for s in layout.parameters} | aliases
         shapes = {spec.name: spec.shape for spec in layout.parameters}
@@ -115,11 +118,12 @@ class _ModelTensors:
             if entry.key in self._buffers:
                 yield self._buffers[entry.key]
                 continue
+            fold = self._folds.get(entry.key, Tensor.float)
             for part in self._reader.ranges[MASTER, self._sources[entry.key]]:
                 file, numel = self._reader.folder / part.file, part.stop - part.start
                 for start in range(0, numel, CHUNK):
                     stop = min(start + CHUNK, numel)
-                    yield read_part(file, part.key, start, stop).to(self.dtype)
+                    yield fold(read_part(file, part.key, start, stop)).to(self.dtype)
 
 
 def _saved_config(reader: CheckpointReader) -> PretrainedConfig:
@@ -131,6 +135,13 @@ def _saved_config(reader: CheckpointReader) -> PretrainedConfig:
             f"{reader.state['versions']['transformers']}, or give --model_config"
         )
     return CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
+
+
+def _folds(state: dict[str, Any], config: PretrainedConfig, blocks_path: str) -> dict[str, Fold]:
+    """What ``sdp.residual_scale`` changes in the weights, under the plan that was saved."""
+    shares = owner_shares(state["plan"]["world_size"], state["plan"]["owners"])
+    scale = state["config"]["sdp"].get("residual_scale", "none")  # younger than the format
+    return exported_folds(scale, config, blocks_path, shares)
 
 
 def _trained_dtype(state: dict[str, Any]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together,
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import ModelLayout
+from sdp_llm.subnetwork.residual import Fold
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,6 +56,9 @@ def export_pretrained(
     Collective over the world; no rank holds more than its subnetwork. Sharded safetensors with an
     index, ``config.json``, ``generation_config.json`` and the tokenizer's files. An existing
     folder is replaced, in one step.
+
+    ``sdp.residual_scale`` "eval" is folded into the weights, in fp32: of the masters where the
+    writer has all of them (stage 0, and blocks of one owner), else of the weights.
 
     :param tokenizer: a folder whose tokenizer files are copied.
     :param max_file_bytes: begin a new file before one grows larger (a single tensor may).
@@ -128,20 +132,27 @@ def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
     chosen = writers([(subnetwork.owners(unit), unit.numel) for unit in layout.units])
     by_name = {unit.layout.name: unit for unit in sharded.units}
     aliases = written_aliases(layout, subnetwork.config)
+    folds = subnetwork.residual_scale.folds()
     for unit, writer in zip(layout.units, chosen, strict=True):
         if writer != subnetwork.rank:
             continue
-        yield from _unit_tensors(by_name[unit.name])
+        yield from _unit_tensors(by_name[unit.name], folds)
         for alias, name in aliases.items():
             if any(spec.name == name for spec in unit.parameters):
                 yield alias, by_name[unit.name].views()[name].cpu().clone()
     yield from _persistent_buffers(sharded)
 
 
-def _unit_tensors(unit: Unit) -> Iterator[tuple[str, Tensor]]:
-    for name, view in unit.views().items():
-        # A view would be written with the whole unit behind it.
-        yield name, view.detach().cpu().clone()
+def _unit_tensors(unit: Unit, folds: Mapping[str, Fold]) -> Iterator[tuple[str, Tensor]]:
+    finest = unit.master if unit.master.numel() == unit.flat.numel() else unit.flat
+    for spec, start in zip(unit.layout.parameters, unit.offsets, strict=True):
+        here = slice(start, start + spec.numel)
+        if spec.name in folds:
+            value = folds[spec.name](finest[here].detach().cpu()).to(unit.flat.dtype)
+        else:
+            # A view would be written with the whole unit behind it.
+            value = unit.flat[here].detach().cpu().clone()
+        yield spec.name, value.view(spec.shape)
 
 
 def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:

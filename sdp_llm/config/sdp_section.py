@@ -21,6 +21,7 @@ from sdp_llm.config.kinds import (
     number,
     wrong,
 )
+from sdp_llm.config.residual import RESIDUAL_SCALES, check_residual_scale
 from sdp_llm.errors import ConfigError
 
 DEFAULT_COVERAGE = Fraction(1, 2)
@@ -82,6 +83,12 @@ class SDPConfig:
         "phases of the run, each with `until`, the share of the budget at which it ends, and "
         "keys from `masking` to `rotate_every` above where it differs",
     )
+    residual_scale: str = key(
+        choice(*RESIDUAL_SCALES),
+        "what a block of owner share s = p/n adds is multiplied by 1/s in subnetworks "
+        "(inverse_coverage), or by s in the whole model (eval)",
+        "none",
+    )
     reductions_under_way: int = key(
         POSITIVE,
         "units whose gradients may be under way at a time; more of them keep slow links busy and "
@@ -95,10 +102,13 @@ class SDPConfig:
     def __post_init__(self) -> None:
         if not _check_owner_keys(self, "sdp"):
             object.__setattr__(self, "coverage", DEFAULT_COVERAGE)
+        if self.schedule is None:
+            check_residual_scale(self.masking, self.residual_scale)
         end = Fraction(0)
         for i, phase in enumerate(self.schedule or ()):
             path = f"sdp.schedule[{i}]"
             _check_owner_keys(phase, path)
+            check_residual_scale(phase.masking or self.masking, self.residual_scale)
             if phase.until <= end:
                 raise wrong(
                     f"{path}.until",

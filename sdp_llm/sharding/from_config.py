@@ -31,7 +31,8 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
 
     :param source: see :func:`sdp_llm.subnetwork.build.build_subnetwork`.
     :raises ConfigError: when the plan is impossible or differs between ranks, the model has no
-        single list of blocks, or ``model.init_from`` is not a checkpoint of it.
+        single list of blocks, ``sdp.residual_scale`` is not exact for it, or ``model.init_from``
+        is not a checkpoint of it.
     """
     config = source.config if isinstance(source, PreTrainedModel) else source
     depth = config.get_text_config().num_hidden_layers
@@ -49,6 +50,7 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
         attn_implementation=run.model.attn_implementation if run.model else None,
         gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
         pretrained=_pretrained(source, run),
+        residual_scale=run.sdp.residual_scale,
     )
     return materialize(
         subnetwork,

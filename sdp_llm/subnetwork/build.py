@@ -21,6 +21,7 @@ from sdp_llm.subnetwork.adapter import (
 from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
 from sdp_llm.subnetwork.pretrained import PretrainedWeights
+from sdp_llm.subnetwork.residual import ResidualScale
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Subnetwork:
     by global index, also on the meta device: structure only, for whole-model evaluation.
     ``given`` holds the values of a model that the caller had built, by global name, until
     :func:`initial_values` hands them over; ``pretrained`` knows where a checkpoint stores them.
-    ``config`` is the model's config as the caller gave it, for the export.
+    ``config`` is the model's config as the caller gave it, for the export. ``residual_scale``
+    follows the plan in force, and reaches into ``model`` and ``absent``.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class Subnetwork:
     absent: dict[int, nn.Module]
     given: dict[str, Tensor] | None
     pretrained: PretrainedWeights | None
+    residual_scale: ResidualScale
 
     def owners(self, unit: UnitLayout) -> tuple[int, ...]:
         """The ranks that train ``unit``, ascending."""
@@ -65,6 +68,7 @@ def build_subnetwork(
     attn_implementation: str | None = "sdpa",
     gradient_checkpointing: bool = False,
     pretrained: PretrainedWeights | None = None,
+    residual_scale: str = "none",
 ) -> Subnetwork:
     """The structure of ``rank``'s subnetwork of the model that ``source`` describes.
 
@@ -72,7 +76,9 @@ def build_subnetwork(
         values are kept in :attr:`Subnetwork.given` and whose modules are taken over.
     :param max_unit_numel: units with more elements are split (``reduce_bucket_size``).
     :param pretrained: where to read the initial values of a config's model.
-    :raises ConfigError: when the model has no single list of blocks, or a frozen parameter.
+    :param residual_scale: ``sdp.residual_scale``.
+    :raises ConfigError: when the model has no single list of blocks, or a frozen parameter, or
+        ``residual_scale`` is not exact for it.
     """
     given = None
     if isinstance(source, PreTrainedModel):
@@ -90,6 +96,7 @@ def build_subnetwork(
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
+    scale = ResidualScale(residual_scale, model, plan)  # while all blocks are there
     owned = set(plan.owned_blocks(rank))
     _, blocks = find_blocks(model)
     absent: dict[int, nn.Module] = {}
@@ -97,7 +104,7 @@ def build_subnetwork(
         absent = skip_blocks(blocks, owned)
     else:
         freeze_blocks(blocks, owned)
-    return Subnetwork(model, config, layout, plan, rank, masking, absent, given, pretrained)
+    return Subnetwork(model, config, layout, plan, rank, masking, absent, given, pretrained, scale)
 
 
 def _check_trainable(model: PreTrainedModel) -> None:

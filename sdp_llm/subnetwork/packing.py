@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import document_positions
-from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
-from sdp_llm.subnetwork.init import bind
-from sdp_llm.subnetwork.measure import kinds_of_blocks
+from sdp_llm.subnetwork.cheap import cheap_model
 
 # In others transformers detects packed samples in batches of one sample only, or not at all.
 ATTENTIONS = ("sdpa", "eager")
 # Documents per sample, in tokens with the end-of-sequence token; of two samples with equal sums,
 # because a batch may be treated unlike a single sample.
 _DOCUMENTS = ((3, 1, 5, 3), (7, 5))
-_SHIFT = 16  # elements; kernels want their matrices aligned
 _TOLERANCE = 1e-3  # of the largest element; a document that is seen changes it by far more
 
 
@@ -32,9 +26,6 @@ def check_documents_apart(config: PretrainedConfig, attn_implementation: str, eo
     blocks of every kind, on packed samples and on each document alone: the hidden states must be
     equal.
 
-    The weights are views of a few thousand random numbers each, so that it costs little memory and
-    no initialisation whatever the size of the model.
-
     :raises ConfigError: they differ, the model takes no positions, or the attention is not one of
         ``ATTENTIONS``.
     """
@@ -44,9 +35,7 @@ def check_documents_apart(config: PretrainedConfig, attn_implementation: str, eo
             f"{where}: model.attn_implementation = {attn_implementation!r} does not keep the "
             f"documents of packed samples apart; use {' or '.join(map(repr, ATTENTIONS))}"
         )
-    config = copy.deepcopy(config)  # building and running a model changes it
-    model = empty_model(config, attn_implementation).eval()
-    _bind_cheap_values(model)
+    model, _ = cheap_model(config, attn_implementation)
     fix = "set data.document_mask = false, or use another family of models"
     try:
         distance = _distance(model, eos_id)
@@ -60,38 +49,6 @@ def check_documents_apart(config: PretrainedConfig, attn_implementation: str, eo
             f"{where}: {type(model).__name__} does not keep the documents of a sample apart (its "
             f"hidden states differ by {distance:.1%} from those of each document alone); {fix}"
         )
-
-
-def _bind_cheap_values(model: PreTrainedModel) -> None:
-    """Cut the model after the first block of its last kind, and give what is left values."""
-    layout = model_layout(model)
-    _, blocks = find_blocks(model)
-    # Not by skipping: some models want more of a block than the residual stream.
-    depth = 1 + max(group[0] for group in kinds_of_blocks(model, layout))
-    del blocks[depth:]
-    model.config.get_text_config().num_hidden_layers = depth
-    generator = torch.Generator().manual_seed(0)
-    values = {
-        spec.name: _cheap(spec.shape, generator)
-        for unit in layout.units
-        for spec in unit.parameters
-        if unit.block is None or unit.block < depth
-    }
-    bind(model, values, layout.aliases)
-
-
-def _cheap(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Ones for a vector; a matrix has one number in memory for each antidiagonal.
-
-    Of a stack of matrices, each is the one before, shifted by a few elements.
-    """
-    if len(shape) < 2:
-        return torch.ones(()).expand(shape)
-    *stack, _, columns = shape
-    strides = (1, 1) if not stack else (*[_SHIFT] * len(stack), columns, 1)
-    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    numbers = torch.randn(size, generator=generator) / columns**0.5
-    return numbers.as_strided(shape, strides)
 
 
 @torch.no_grad()

@@ -193,6 +193,7 @@ class SimulationBackend:
             device=device,
             attn_implementation=run.model.attn_implementation,
             eos_id=inputs.eos_id,
+            residual_scale=run.sdp.residual_scale,
         )
         self._device = device
         self._micro_batch = inputs.batch.micro_batch
@@ -226,7 +227,7 @@ class SimulationBackend:
     def export(self, folder: Path, tokenizer: str | None) -> None:
         model = self._simulation.model
         model.config.use_cache = self._config.use_cache
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=self._simulation.exported())
         copy_tokenizer(tokenizer, folder)
 
     def monitor(self, values: dict[str, float], samples: int) -> None:

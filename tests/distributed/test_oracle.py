@@ -30,6 +30,7 @@ def _simulation(case: Case, plan: Plan) -> Simulation:
         seed=7,
         max_norm=case.clip,
         eos_id=case.eos_id,
+        residual_scale=case.residual_scale,
     )
 
 

@@ -37,6 +37,7 @@ class Case:
     optimizer: str = "AdamW"
     clip: float = 0.5
     eos_id: int | None = None
+    residual_scale: str = "none"
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
@@ -89,6 +90,7 @@ def run_config(case: Case) -> dict[str, Any]:
             "masking": case.masking,
             "owners_per_block": case.owners_per_block,
             "reductions_under_way": case.under_way,
+            "residual_scale": case.residual_scale,
         },
         "training": {"seed": 7},
     }

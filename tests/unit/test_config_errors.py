@@ -62,6 +62,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"communication_data_type": "int8"}, ['expected "fp32" or "bf16"']),
     ({"sdp.masking": "forwards"}, ['sdp.masking = "forwards"', 'did you mean "forward"?']),
     ({"sdp.strategy": 1}, ["sdp.strategy = 1: expected"]),
+    (
+        {"sdp.masking": "backward", "sdp.residual_scale": "eval"},
+        ['sdp.residual_scale = "eval"', 'use "none"'],
+    ),
     ({"sdp.coverage": 0}, ["sdp.coverage = 0: expected a number > 0"]),
     ({"sdp.coverage": 1e-9}, ["sdp.coverage = 1e-09"]),
     ({"sdp.coverage": "3/2"}, ['sdp.coverage = "3/2"']),
