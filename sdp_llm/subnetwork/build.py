@@ -19,7 +19,7 @@ from sdp_llm.subnetwork.adapter import (
     unsplit,
 )
 from sdp_llm.subnetwork.init import bind, initialize_unit
-from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.masking import mask_blocks
 from sdp_llm.subnetwork.pretrained import PretrainedWeights
 
 
@@ -92,11 +92,7 @@ def build_subnetwork(
 
     owned = set(plan.owned_blocks(rank))
     _, blocks = find_blocks(model)
-    absent: dict[int, nn.Module] = {}
-    if masking == "forward":
-        absent = skip_blocks(blocks, owned)
-    else:
-        freeze_blocks(blocks, owned)
+    absent = mask_blocks(blocks, owned, masking)
     return Subnetwork(model, config, layout, plan, rank, masking, absent, given, pretrained)
 
 
