@@ -21,22 +21,24 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from sdp_llm.answers import ConfigAnswers
 from sdp_llm.checkpoint.background import BackgroundSave, Snapshot
 from sdp_llm.checkpoint.export import export_pretrained
-from sdp_llm.checkpoint.load import load_checkpoint
+from sdp_llm.checkpoint.load import latest_tag, load_tensors, open_checkpoint
 from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
-from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config, to_dict
+from sdp_llm.checkpoint.training_state import COUNTERS, adopt_scheduler, training_state
+from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config
 from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
-from sdp_llm.optim import adopt_options, group_options
+from sdp_llm.optim import adopt_options
 from sdp_llm.plan import Plan
-from sdp_llm.sharding.from_config import Source, shard
+from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
+from sdp_llm.sharding.rebuild import rebuild
 from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.unsupported import refuse_unsupported, unsupported
-from sdp_llm.versions import versions
 
 
 def initialize(
@@ -60,7 +62,8 @@ def initialize(
     :param optimizer: makes an element-wise optimizer from parameter groups, instead of the
         config's ``optimizer``.
     :param lr_scheduler: makes a scheduler from an optimizer, instead of the config's.
-    :param total_num_steps: what ``scheduler.params.total_num_steps: "auto"`` stands for.
+    :param total_num_steps: the budget: that of ``sdp.schedule``, and what
+        ``scheduler.params.total_num_steps: "auto"`` stands for.
     :returns: engine, optimizer, dataloader (None without ``training_data``) and scheduler.
     :raises ConfigError: for a wrong config or a model without a single list of blocks.
     """
@@ -89,11 +92,12 @@ def initialize(
 
 
 @refuse_unsupported
-class SDPEngine(DeepSpeedEngine):
+class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     """Trains this rank's subnetwork; ``engine(batch)``, ``engine.backward(loss)``,
     ``engine.step()`` as with DeepSpeed. Built by :func:`initialize`."""
 
     sharded: ShardedModel
+    param_names: dict[Tensor, str]
 
     def __init__(
         self,
@@ -108,8 +112,8 @@ class SDPEngine(DeepSpeedEngine):
     ) -> None:
         self.run = run
         self._snapshot = Snapshot()
-        timeout = timedelta(minutes=run.training.timeout_minutes)
-        init_distributed(timeout)
+        self._timeout = timedelta(minutes=run.training.timeout_minutes)
+        init_distributed(self._timeout)
         generated = deepspeed_dict(run, dist.get_world_size(), total_num_steps)
         if optimizer is None and run.optimizer is None:
             raise ConfigError(
@@ -119,15 +123,9 @@ class SDPEngine(DeepSpeedEngine):
         local_rank = int(os.environ["LOCAL_RANK"])
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-        self.sharded = shard(source, run, device, timeout)
-        self._reducer = GradientReducer(
-            self.sharded.owned,
-            self.sharded.subnetwork.model,
-            self.sharded.communicator,
-            stage=self.sharded.stage,
-            overlap=run.zero_optimization.overlap_comm,
-            under_way=run.sdp.reductions_under_way,
-        )
+        self.schedule = agreed_schedule(source, run, total_num_steps)
+        self.sharded = shard(source, run, self.schedule, device, self._timeout)
+        self._reducer = self._new_reducer()
         super().__init__(
             args=None,
             model=self.sharded.subnetwork.model,
@@ -144,6 +142,32 @@ class SDPEngine(DeepSpeedEngine):
     def plan(self) -> Plan:
         """Which ranks own which blocks."""
         return self.sharded.subnetwork.plan
+
+    def change_plan(self, plan: Plan, masking: str) -> None:
+        """Go over to another plan and masking, between optimizer steps. Collective over the world.
+
+        The fp32 masters and the optimizer state travel from owner to owner, bit for bit; the
+        optimizer and the learning-rate scheduler stay the same objects. The run's own schedule
+        calls this; a plan that is not of the schedule stays until its next change, and what owner
+        sets it has of its own get process groups.
+
+        :raises ConfigError: on every rank, and nothing has changed, when the plan does not fit the
+            run or differs between ranks, or when gradients are accumulated.
+        """
+        self.sharded, changed = rebuild(
+            self.sharded,
+            self.basic_optimizer,
+            plan,
+            masking,
+            decay_all=self.run.training.decay_all,
+            timeout=self._timeout,
+        )
+        self._reducer.close()
+        self._reducer = self._new_reducer()
+        # DeepSpeed's own note of what the model's parameters are called.
+        self.param_names = {p: name for name, p in self.module.named_parameters()}
+        self.optimizer.adopt(self.sharded.units, deliver=masking == "backward")
+        self.optimizer.distribute_weights(changed)
 
     # -- what SDP changes ---------------------------------------------------------------------
 
@@ -166,6 +190,16 @@ class SDPEngine(DeepSpeedEngine):
             overlap=self.run.zero_optimization.overlap_comm,
         )
 
+    def _new_reducer(self) -> GradientReducer:
+        return GradientReducer(
+            self.sharded.owned,
+            self.sharded.subnetwork.model,
+            self.sharded.communicator,
+            stage=self.sharded.stage,
+            overlap=self.run.zero_optimization.overlap_comm,
+            under_way=self.run.sdp.reductions_under_way,
+        )
+
     def _scheduler_from_config(self, optimizer: Any) -> Any:
         # torch's schedulers take nothing but a torch optimizer.
         return super()._scheduler_from_config(self.basic_optimizer)
@@ -184,6 +218,13 @@ class SDPEngine(DeepSpeedEngine):
         """End the reductions of the backward pass; ``bucket_size`` is the config's."""
         self._reducer.finish()
 
+    def step(self, lr_kwargs: Any = None) -> None:
+        """DeepSpeed's; then, where the schedule says so, the plan of the steps to come."""
+        before = self.global_steps
+        super().step(lr_kwargs)
+        if self.global_steps > before and self.schedule.changes_at(self.global_steps):
+            self.change_plan(*self.schedule.at(self.global_steps))
+
     def zero_grad(self) -> None:
         """Zero the accumulated gradients, which are the units', not the parameters'."""
         self.optimizer.zero_grad()
@@ -201,30 +242,9 @@ class SDPEngine(DeepSpeedEngine):
         self.wait_for_weights()
         super().destroy()
 
-    def clip_fp32_gradients(self) -> None:
-        """Nothing: the optimizer clips by the global norm before it steps."""
-
-    def gradient_clipping(self) -> float:
-        return self.run.gradient_clipping
-
-    def zero_optimization_stage(self) -> int:
-        return self.run.zero_optimization.stage
-
-    def zero_overlap_comm(self) -> bool:
-        return self.run.zero_optimization.overlap_comm
-
-    def zero_reduce_bucket_size(self) -> int:
-        return self.run.zero_optimization.reduce_bucket_size
-
-    def zero_allgather_bucket_size(self) -> int:
-        return self.run.zero_optimization.allgather_bucket_size
-
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """The types of the weights and of the accumulated gradients."""
-        return self.sharded.units[0].flat.dtype, torch.float32
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank()
+        return self.sharded.dtype, torch.float32
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """DeepSpeed's; the next micro-batch is the first of a step also under the new number."""
@@ -294,18 +314,7 @@ class SDPEngine(DeepSpeedEngine):
         client_state: Mapping[str, Any] | None,
         save_latest: bool,
     ) -> CheckpointWriting:
-        scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
-        state = {
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "scheduler": scheduler,
-            "param_groups": group_options(self.basic_optimizer),
-            "client_state": dict(client_state or {}),
-            # For the reader, and for comparing what a run goes on with.
-            "config": to_dict(self.run),
-            "model": self.sharded.subnetwork.config.to_dict(),
-            "plan": {"world_size": self.plan.world_size, "owners": self.plan.owner_sets},
-            "versions": versions(),
-        }
+        state = training_state(self, self.run, self.sharded.subnetwork, client_state)
         name = tag or f"global_step{self.global_steps}"
         return CheckpointWriting(self.sharded, folder, name, state, save_latest=save_latest)
 
@@ -321,39 +330,33 @@ class SDPEngine(DeepSpeedEngine):
     ) -> tuple[str, dict[str, Any]]:
         """Read what :meth:`save_checkpoint` wrote, under any number of ranks and any plan.
 
+        The engine goes over to its schedule's plan of the step that the checkpoint is of.
+
         :returns: the checkpoint's folder and the ``client_state``.
         :raises ConfigError: when there is none, a file is damaged, or the model differs.
         """
         if custom_load_fn is not None or not load_module_strict:
             unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
-        folder = Path(load_dir)
-        if tag is None:
-            latest = folder / "latest"
-            if not latest.is_file():
-                raise ConfigError(f"{latest}: not there; save a checkpoint first or name a tag")
-            tag = latest.read_text(encoding="utf-8").strip()
+        folder = Path(load_dir) / (tag or latest_tag(Path(load_dir)))
         with_optimizer = load_optimizer_states and not load_module_only
-        state = load_checkpoint(
-            self.sharded, self.basic_optimizer, folder / tag, load_optimizer_state=with_optimizer
-        )
+        with open_checkpoint(self.sharded.subnetwork, folder) as reader:
+            state = reader.state
+            self.optimizer.zero_grad()
+            due = self.schedule.at(state["counters"]["global_steps"])
+            if not load_module_only and due != (self.plan, self.sharded.subnetwork.masking):
+                self.change_plan(*due)
+            load_tensors(
+                self.sharded, self.basic_optimizer, reader, load_optimizer_state=with_optimizer
+            )
         self.optimizer.distribute_weights()
-        self.optimizer.zero_grad()
         if load_module_only:
-            return str(folder / tag), state["client_state"]
-        for name in _COUNTERS:
+            return str(folder), state["client_state"]
+        for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         # Another number of ranks may cut the batch into another number of micro-batches.
         self._restart_accumulation()
         if with_optimizer:
-            adopt_options(self.basic_optimizer, state["param_groups"], folder / tag)
+            adopt_options(self.basic_optimizer, state["param_groups"], folder)
         if load_lr_scheduler_states and self.lr_scheduler is not None:
-            if state["scheduler"] is None:
-                raise ConfigError(
-                    f"{folder / tag}: saved without a learning-rate scheduler; pass "
-                    "load_lr_scheduler_states=False, or remove scheduler from the config"
-                )
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-        return str(folder / tag), state["client_state"]
-
-
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+            adopt_scheduler(self.lr_scheduler, state, folder)
+        return str(folder), state["client_state"]

@@ -74,7 +74,7 @@ class Simulation:
         self.model = empty_model(config, attn_implementation)
         self.model.config.use_cache = False
         self.layout = model_layout(self.model)
-        self.residual_scale = ResidualScale(residual_scale, self.model, plan)
+        self.residual_scale = ResidualScale(residual_scale, self.model, plan, masking)
         self.masters: dict[str, nn.Parameter] = {}
         pretrained = None if init_from is None else open_pretrained(init_from, self.model)
         for unit in self.layout.units:
@@ -100,6 +100,7 @@ class Simulation:
         """
         self.plan = plan
         self.masking = masking
+        self.residual_scale.set(plan, masking)
 
     @contextmanager
     def worker(self, rank: int) -> Iterator[None]:
@@ -162,10 +163,12 @@ class Simulation:
     def evaluate(self, batches: Sequence[Tensor]) -> float:
         """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors."""
         total, targets = 0.0, 0
+        self.model.eval()
         with self.residual_scale.whole_model():
             for batch in batches:
                 total += summed_loss(self.model, batch, self.eos_id).item()
                 targets += target_count(batch)
+        self.model.train()
         return total / targets
 
     def exported(self) -> dict[str, Tensor]:

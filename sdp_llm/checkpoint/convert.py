@@ -25,7 +25,7 @@ from sdp_llm.checkpoint.stream import Entry, read_part, write_stream
 from sdp_llm.checkpoint.together import WrittenFile, write_together
 from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
-from sdp_llm.subnetwork.residual import Fold, exported_folds, owner_shares
+from sdp_llm.subnetwork.residual import Fold, exported_folds, running_shares
 
 # Elements in memory at a time: 8 MiB of fp32, whatever the largest tensor is.
 CHUNK = 1 << 21
@@ -139,7 +139,9 @@ def _saved_config(reader: CheckpointReader) -> PretrainedConfig:
 
 def _folds(state: dict[str, Any], config: PretrainedConfig, blocks_path: str) -> dict[str, Fold]:
     """What ``sdp.residual_scale`` changes in the weights, under the plan that was saved."""
-    shares = owner_shares(state["plan"]["world_size"], state["plan"]["owners"])
+    plan = state["plan"]
+    masking = plan.get("masking", state["config"]["sdp"]["masking"])  # younger than the format
+    shares = running_shares(plan["world_size"], plan["owners"], masking)
     scale = state["config"]["sdp"].get("residual_scale", "none")  # younger than the format
     return exported_folds(scale, config, blocks_path, shares)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from sdp_llm.checkpoint.coverage import (
     coverage_error,
     stored_ranges,
 )
-from sdp_llm.checkpoint.save import FORMAT_VERSION, MANIFEST, STATE, seal
+from sdp_llm.checkpoint.save import FORMAT_VERSION, LATEST, MANIFEST, STATE, seal
 from sdp_llm.checkpoint.together import agree, sha256_of
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import ParameterSlice
+from sdp_llm.subnetwork.build import Subnetwork
 
 # What of a model's config does not change what its weights compute.
 _NOT_THE_MODEL = (
@@ -158,40 +159,54 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(
-    sharded: ShardedModel,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    *,
-    load_optimizer_state: bool = True,
-) -> dict[str, Any]:
-    """Read the masters, and the optimizer state, of this rank's shards from any plan's files.
+def latest_tag(folder: Path) -> str:
+    """The checkpoint in ``folder`` that was saved last.
 
-    Collective over the world: the ranks share the verification, and nothing is changed before it
-    has passed on all of them. The caller distributes the weights afterwards.
+    :raises ConfigError: when there is none.
+    """
+    latest = folder / LATEST
+    if not latest.is_file():
+        raise ConfigError(f"{latest}: not there; save a checkpoint first or name a tag")
+    return latest.read_text(encoding="utf-8").strip()
 
-    :returns: the ``state`` that was saved.
+
+@contextmanager
+def open_checkpoint(subnetwork: Subnetwork, folder: Path) -> Iterator[CheckpointReader]:
+    """Open and verify a checkpoint of this model. Collective: the ranks share the verification.
+
     :raises DamagedCheckpoint: on every rank, when a file is not what was saved.
     :raises ConfigError: on every rank, when it is of another model.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         readers: list[CheckpointReader] = []
 
         def open_and_verify() -> None:
             readers.append(CheckpointReader(folder, stack))
-            readers[0].verify(rank, world_size)
+            readers[0].verify(dist.get_rank(), dist.get_world_size())
 
         agree(open_and_verify)
-        reader = readers[0]
-        _check_same_model(sharded, reader, folder)
-        slices = [piece for unit in sharded.owned for piece in unit.slices]
-        for piece in slices:
-            piece.tensor.copy_(reader.read(MASTER, piece.name, piece.start, piece.stop))
-        if load_optimizer_state:
-            _load_optimizer(optimizer, slices, reader)
-        _restore_random(reader, rank, sharded.units[0].flat.device)
-        return reader.state
+        _check_same_model(subnetwork, readers[0], folder)
+        yield readers[0]
+
+
+@torch.no_grad()
+def load_tensors(
+    sharded: ShardedModel,
+    optimizer: torch.optim.Optimizer,
+    reader: CheckpointReader,
+    *,
+    load_optimizer_state: bool = True,
+) -> None:
+    """Read the masters, and the optimizer state, of this rank's shards from any plan's files.
+
+    The caller distributes the weights afterwards.
+    """
+    slices = [piece for unit in sharded.owned for piece in unit.slices]
+    for piece in slices:
+        piece.tensor.copy_(reader.read(MASTER, piece.name, piece.start, piece.stop))
+    if load_optimizer_state:
+        _load_optimizer(optimizer, slices, reader)
+    _restore_random(reader, dist.get_rank(), sharded.device)
 
 
 def _restore_random(reader: CheckpointReader, rank: int, device: torch.device) -> None:
@@ -209,13 +224,13 @@ def _restore_random(reader: CheckpointReader, rank: int, device: torch.device) -
         torch.cuda.set_rng_state(state, device)
 
 
-def _check_same_model(sharded: ShardedModel, reader: CheckpointReader, folder: Path) -> None:
-    here = {spec.name: list(spec.shape) for spec in sharded.subnetwork.layout.parameters}
+def _check_same_model(subnetwork: Subnetwork, reader: CheckpointReader, folder: Path) -> None:
+    here = {spec.name: list(spec.shape) for spec in subnetwork.layout.parameters}
     reader.check_parameters(here, "use the config it was trained with")
     if "model" not in reader.state:
         return
     there = architecture(reader.state["model"])
-    ours = architecture(sharded.subnetwork.config.to_dict())
+    ours = architecture(subnetwork.config.to_dict())
     for key in {**there, **ours}:
         if there.get(key) != ours.get(key):
             raise ConfigError(

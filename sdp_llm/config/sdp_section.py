@@ -102,13 +102,12 @@ class SDPConfig:
     def __post_init__(self) -> None:
         if not _check_owner_keys(self, "sdp"):
             object.__setattr__(self, "coverage", DEFAULT_COVERAGE)
-        if self.schedule is None:
-            check_residual_scale(self.masking, self.residual_scale)
+        maskings = [phase.masking or self.masking for phase in self.schedule or ()]
+        check_residual_scale(maskings or [self.masking], self.residual_scale)
         end = Fraction(0)
         for i, phase in enumerate(self.schedule or ()):
             path = f"sdp.schedule[{i}]"
             _check_owner_keys(phase, path)
-            check_residual_scale(phase.masking or self.masking, self.residual_scale)
             if phase.until <= end:
                 raise wrong(
                     f"{path}.until",
@@ -138,6 +137,8 @@ class SDPConfig:
         if not given.keys().isdisjoint(_OWNER_KEYS):
             # Whichever of them the phase names replaces whichever the section names.
             given = dict.fromkeys(_OWNER_KEYS) | given
+        if phase.masking == "backward":
+            given["residual_scale"] = "none"  # it has no effect there
         return replace(self, schedule=None, **given)
 
 

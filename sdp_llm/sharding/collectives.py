@@ -128,6 +128,15 @@ class Communicator:
             return Pending(lambda: None)
         return self._issue(lambda: dist.batch_isend_irecv(operations))
 
+    def transfer(self, operations: Sequence[dist.P2POp]) -> Pending:
+        """Start to send and to receive; two ranks name what they exchange in the same order."""
+        for operation in operations:
+            if operation.op is dist.isend:
+                self.bytes_sent += operation.tensor.nbytes
+        if not operations:
+            return Pending(lambda: None)
+        return self._issue(lambda: dist.batch_isend_irecv([*operations]))
+
     def _count(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
         # Both collectives send (p-1)/p of their tensor from every rank.
         size = group.size()

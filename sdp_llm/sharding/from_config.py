@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import plan_from_config
+from sdp_llm.plan import Schedule, schedule_from_config
 from sdp_llm.sharding.groups import check_agreement
 from sdp_llm.sharding.materialize import ShardedModel, materialize
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
@@ -26,18 +27,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Source: TypeAlias = PretrainedConfig | PreTrainedModel
 
 
-def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedelta) -> ShardedModel:
-    """Plan, build and materialise this rank's subnetwork. Collective over the world.
+def agreed_schedule(source: Source, run: RunConfig, total_steps: int | None) -> Schedule:
+    """The plans of the run, the same on every rank. Collective over the world.
 
-    :param source: see :func:`sdp_llm.subnetwork.build.build_subnetwork`.
-    :raises ConfigError: when the plan is impossible or differs between ranks, the model has no
-        single list of blocks, ``sdp.residual_scale`` is not exact for it, or ``model.init_from``
-        is not a checkpoint of it.
+    :raises ConfigError: when one is impossible or they differ between ranks, or there is an
+        ``sdp.schedule`` but no ``total_steps``.
     """
     config = source.config if isinstance(source, PreTrainedModel) else source
     depth = config.get_text_config().num_hidden_layers
-    plan = plan_from_config(run.sdp, dist.get_world_size(), depth)
-    check_agreement("the plan", plan.fingerprint())
+    schedule = schedule_from_config(run.sdp, dist.get_world_size(), depth, total_steps)
+    check_agreement("the plan", hashlib.sha256(repr(schedule).encode()).hexdigest()[:16])
+    return schedule
+
+
+def shard(
+    source: Source, run: RunConfig, schedule: Schedule, device: torch.device, timeout: timedelta
+) -> ShardedModel:
+    """Build and materialise this rank's subnetwork of the first step. Collective over the world.
+
+    :param source: see :func:`sdp_llm.subnetwork.build.build_subnetwork`.
+    :raises ConfigError: when the model has no single list of blocks, ``sdp.residual_scale`` is not
+        exact for it, or ``model.init_from`` is not a checkpoint of it.
+    """
+    plan, masking = schedule.at(0)
     dtype = torch.bfloat16 if run.bf16.enabled else torch.float32
     travelling = run.communication_data_type
     zero = run.zero_optimization
@@ -45,7 +57,7 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
         source,
         plan,
         dist.get_rank(),
-        masking=run.sdp.masking,
+        masking=masking,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
         attn_implementation=run.model.attn_implementation if run.model else None,
         gradient_checkpointing=run.model.gradient_checkpointing if run.model else False,
@@ -59,6 +71,7 @@ def shard(source: Source, run: RunConfig, device: torch.device, timeout: timedel
         dtype=dtype,
         communication_dtype=DTYPES[travelling] if travelling else dtype,
         device=device,
+        owner_sets=schedule.owner_sets,
         timeout=timeout,
     )
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import Plan
 
 OwnerGroups = dict[tuple[int, ...], dist.ProcessGroup | None]
 
 
-def create_owner_groups(plan: Plan, timeout: timedelta) -> OwnerGroups:
-    """The process group of every distinct owner set, None for sets of one rank.
+def create_owner_groups(
+    groups: OwnerGroups, owner_sets: Iterable[tuple[int, ...]], timeout: timedelta
+) -> None:
+    """Add the process group of every owner set that has none yet; None for sets of one rank.
 
     Collective over the world: every rank creates every group, in one order, also those it is not
     in, because torch.distributed requires it. The set of all ranks uses the world group.
     """
-    world = tuple(range(plan.world_size))
-    groups: OwnerGroups = {world: dist.group.WORLD if plan.world_size > 1 else None}
-    for owners in plan.distinct_owner_sets:
+    for owners in owner_sets:
         if owners in groups:
             continue
-        is_single = len(owners) == 1
-        groups[owners] = None if is_single else dist.new_group(list(owners), timeout=timeout)
-    return groups
+        if len(owners) == 1:
+            groups[owners] = None
+        elif len(owners) == dist.get_world_size():
+            groups[owners] = dist.group.WORLD
+        else:
+            groups[owners] = dist.new_group(list(owners), timeout=timeout)
 
 
 def check_agreement(what: str, fingerprint: str) -> None:

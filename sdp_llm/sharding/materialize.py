@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sdp_llm.sharding.arrival import wait_before_use
 from sdp_llm.sharding.collectives import Communicator
@@ -20,17 +21,32 @@ from sdp_llm.subnetwork.init import bind
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A rank's subnetwork, the units that store it in forward order, and how they communicate."""
+    """A rank's subnetwork, the units that store it in forward order, and how they communicate.
+
+    ``groups`` has the process group of every owner set that a phase of the run uses; ``hooks`` are
+    those by which the model waits for the units.
+    """
 
     subnetwork: Subnetwork
     units: tuple[Unit, ...]
     communicator: Communicator
     stage: int
+    groups: OwnerGroups
+    hooks: tuple[RemovableHandle, ...]
 
     @property
     def owned(self) -> tuple[Unit, ...]:
         """The units that this rank trains."""
         return tuple(unit for unit in self.units if unit.is_owner)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.units[0].flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.units[0].flat.device
 
     def wait(self) -> None:
         """Return when the weights of all units may be used."""
@@ -46,6 +62,7 @@ def materialize(
     dtype: torch.dtype,
     communication_dtype: torch.dtype,
     device: torch.device,
+    owner_sets: Sequence[tuple[int, ...]],
     timeout: timedelta,
 ) -> ShardedModel:
     """Give the subnetwork its values: stored in units, of which the parameters become views.
@@ -55,9 +72,11 @@ def materialize(
     :param seed: of the initial values; unused where they are read from a checkpoint, or where the
         caller gave a model with values, of which then those of the lowest rank that holds them
         count.
+    :param owner_sets: each that the run will use, in the same order on every rank.
     :param timeout: of the owner sets' process groups.
     """
-    groups = create_owner_groups(subnetwork.plan, timeout)
+    groups: OwnerGroups = {}
+    create_owner_groups(groups, owner_sets, timeout)
     is_given = subnetwork.given is not None
     units: list[Unit] = []
     for pieces, values in initial_values(subnetwork, seed):
@@ -81,8 +100,14 @@ def materialize(
     if subnetwork.given is not None:
         subnetwork.given.clear()
     subnetwork.model.to(device)  # the buffers; every parameter is there already
-    wait_before_use(subnetwork.model, units)
-    return ShardedModel(subnetwork, tuple(units), Communicator(device, communication_dtype), stage)
+    return ShardedModel(
+        subnetwork,
+        tuple(units),
+        Communicator(device, communication_dtype),
+        stage,
+        groups,
+        tuple(wait_before_use(subnetwork.model, units)),
+    )
 
 
 def _adopt_lowest_rank(

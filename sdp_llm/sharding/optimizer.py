@@ -74,8 +74,7 @@ class ShardedOptimizer:
         deliver: bool,
         overlap: bool = True,
     ) -> None:
-        self.units = units
-        self.owned = [unit for unit in units if unit.is_owner]
+        self.adopt(units, deliver=deliver)
         self.inner = inner
         self.overflow = False
         self._global_grad_norm: float | None = None
@@ -84,9 +83,14 @@ class ShardedOptimizer:
         self._communicator = communicator
         self._stage = stage
         self._max_norm = max_norm
-        self._deliver = deliver
         self._overlap = overlap
         self._world = dist.group.WORLD if dist.get_world_size() > 1 else None
+
+    def adopt(self, units: Sequence[Unit], *, deliver: bool) -> None:
+        """Go on with other units, whose slices ``inner`` has already; parameters as above."""
+        self.units = units
+        self.owned = [unit for unit in units if unit.is_owner]
+        self._deliver = deliver
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -123,21 +127,25 @@ class ShardedOptimizer:
         self.distribute_weights()
 
     @torch.no_grad()
-    def distribute_weights(self) -> None:
+    def distribute_weights(self, units: Sequence[Unit] | None = None) -> None:
         """Bring the masters of all owners into the weights of every rank that stores them.
+
+        :param units: only these (default: all); the same ones on every rank that stores them.
 
         With ``overlap`` they are under way when this returns: who reads a unit waits for it.
         """
-        for unit in self.owned:
-            unit.cast_masters()
-        for unit in self.units:
+        units = self.units if units is None else units
+        for unit in units:
+            if unit.is_owner:
+                unit.cast_masters()
+        for unit in units:
             weights = unit.flat
             if self._stage > 0 and unit.is_owner and unit.group is not None:
                 unit.expect(self._communicator.all_gather(weights, unit.group))
             if self._deliver and self._world is not None:
                 unit.expect(self._communicator.deliver(weights, unit.owners, self._world))
         if not self._overlap:
-            for unit in self.units:
+            for unit in units:
                 unit.wait()
 
     def state_dict(self) -> dict[str, Any]:

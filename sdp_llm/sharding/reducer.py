@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sdp_llm.sharding.buffers import Buffers
 from sdp_llm.sharding.collectives import Communicator, Pending
@@ -51,10 +52,17 @@ class GradientReducer:
         self._under_way: deque[Callable[[], None]] = deque()
         self._most_under_way = under_way
         self._is_active = self._is_reducing = False
+        self._hooks: list[RemovableHandle] = []
         for u, unit in enumerate(units):
             for i, spec in enumerate(unit.layout.parameters):
                 hook = partial(self._on_gradient, u, i)
-                model.get_parameter(spec.name).register_post_accumulate_grad_hook(hook)
+                parameter = model.get_parameter(spec.name)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def close(self) -> None:
+        """Let go of the parameters: another reducer takes this one's place."""
+        for hook in self._hooks:
+            hook.remove()
 
     def begin(self, *, reduce: bool) -> None:
         """Announce a backward pass; ``reduce`` says whether it ends in averaged gradients."""

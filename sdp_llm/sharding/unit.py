@@ -44,14 +44,14 @@ class Unit:
     - ``is_averaged``: whether at stages 0 and 1 ``shard_grad`` is the owners' average already.
 
     :param values: the fp32 initial value of every parameter, by global name. The masters are
-        taken from them, before anything is cast.
+        taken from them, before anything is cast. None: all zeros.
     :param group: the owner set's process group, None where the owner set is one rank.
     """
 
     def __init__(
         self,
         layout: UnitLayout,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None,
         *,
         owners: Sequence[int],
         group: dist.ProcessGroup | None,
@@ -101,12 +101,23 @@ class Unit:
         while self._arriving:
             self._arriving.pop(0).wait()
 
+    def release(self) -> None:
+        """Give up the storage, whoever still knows this unit; it is of no use any more."""
+        self.wait()
+        for name in ("_flat", "master", "grad", "slices"):
+            self.__dict__.pop(name, None)
+
     def views(self) -> dict[str, Tensor]:
         """Each parameter's view into ``flat``, by global name."""
         return {
             spec.name: self.flat[start : start + spec.numel].view(spec.shape)
             for spec, start in zip(self.layout.parameters, self.offsets, strict=True)
         }
+
+    @property
+    def is_master_part_of_weights(self) -> bool:
+        """Whether ``master`` is a view of a part of ``flat``, and keeps all of it alive."""
+        return self.flat.dtype == torch.float32 and self.master.numel() < self.flat.numel()
 
     @property
     def shard_grad(self) -> Tensor:
@@ -137,13 +148,15 @@ class Unit:
 
     def _filled(
         self,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None,
         part: slice,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
         """The elements ``part`` of the unit, without a copy of the whole unit on the way."""
         filled = torch.zeros(part.stop - part.start, dtype=dtype, device=device)
+        if values is None:
+            return filled
         for spec, offset in zip(self.layout.parameters, self.offsets, strict=True):
             start, stop = max(part.start, offset), min(part.stop, offset + spec.numel)
             if start < stop:

@@ -19,7 +19,7 @@ from sdp_llm.subnetwork.adapter import (
     unsplit,
 )
 from sdp_llm.subnetwork.init import bind, initialize_unit
-from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.masking import mask_blocks
 from sdp_llm.subnetwork.pretrained import PretrainedWeights
 from sdp_llm.subnetwork.residual import ResidualScale
 
@@ -96,14 +96,10 @@ def build_subnetwork(
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
-    scale = ResidualScale(residual_scale, model, plan)  # while all blocks are there
+    scale = ResidualScale(residual_scale, model, plan, masking)  # while all blocks are there
     owned = set(plan.owned_blocks(rank))
     _, blocks = find_blocks(model)
-    absent: dict[int, nn.Module] = {}
-    if masking == "forward":
-        absent = skip_blocks(blocks, owned)
-    else:
-        freeze_blocks(blocks, owned)
+    absent = mask_blocks(blocks, owned, masking)
     return Subnetwork(model, config, layout, plan, rank, masking, absent, given, pretrained, scale)
 
 

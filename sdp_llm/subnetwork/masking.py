@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+MASKINGS = ("forward", "backward")
 
 
 class SkippedBlock(nn.Module):
@@ -13,6 +15,20 @@ class SkippedBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
+
+
+def mask_blocks(
+    blocks: nn.ModuleList, owned: Collection[int], masking: str
+) -> dict[int, nn.Module]:
+    """Skip (``"forward"``) or freeze (``"backward"``) every block that is not in ``owned``.
+
+    :returns: the blocks that were taken out, by global index.
+    """
+    if masking == "backward":
+        freeze_blocks(blocks, owned)
+        return {}
+    blocks.requires_grad_(True)  # also of those that are taken out
+    return skip_blocks(blocks, owned)
 
 
 def skip_blocks(blocks: nn.ModuleList, owned: Collection[int]) -> dict[int, nn.Module]:
@@ -24,6 +40,12 @@ def skip_blocks(blocks: nn.ModuleList, owned: Collection[int]) -> dict[int, nn.M
     for b in removed:
         blocks[b] = SkippedBlock()
     return removed
+
+
+def restore_blocks(blocks: nn.ModuleList, removed: Mapping[int, nn.Module]) -> None:
+    """Put back what :func:`skip_blocks` removed, in the mode that the other blocks are in."""
+    for b, block in removed.items():
+        blocks[b] = block.train(blocks.training)
 
 
 def freeze_blocks(blocks: nn.ModuleList, owned: Collection[int]) -> None:

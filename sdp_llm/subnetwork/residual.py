@@ -4,7 +4,8 @@ A subnetwork lacks blocks that the whole model has, so fewer of them add to its 
 With the owner share ``s_b = p_b / n`` of a block, ``sdp.residual_scale`` "inverse_coverage"
 multiplies what the block adds in a subnetwork by ``1 / s_b`` and leaves the whole model as it is,
 as inverted dropout does; "eval" leaves the subnetworks as they are and multiplies by ``s_b`` in the
-whole model. Where ``s_b`` is 1 nothing is multiplied.
+whole model. Nothing is multiplied where ``s_b`` is 1, or with backward masking, where every rank
+runs every block.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ class Fold:
         return value.float() * self.factor + self.offset * (self.factor - 1)
 
 
-def owner_shares(world_size: int, owner_sets: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """The share of the ranks that own each block, by global index."""
+def running_shares(
+    world_size: int, owner_sets: Sequence[Sequence[int]], masking: str
+) -> tuple[float, ...]:
+    """The share of the ranks that run each block, by global index."""
+    if masking == "backward":
+        return (1.0,) * len(owner_sets)
     return tuple(len(owners) / world_size for owners in owner_sets)
 
 
@@ -77,7 +82,7 @@ class ResidualScale:
     :raises ConfigError: when the scale is not exact for this model.
     """
 
-    def __init__(self, scale: str, model: PreTrainedModel, plan: Plan) -> None:
+    def __init__(self, scale: str, model: PreTrainedModel, plan: Plan, masking: str) -> None:
         self._scale = scale
         self._blocks_path, blocks = find_blocks(model)
         self._branches = () if scale == "none" else find_branches(model.config)
@@ -86,11 +91,11 @@ class ResidualScale:
             for branch in branches:
                 blocks[b].get_submodule(branch.path).register_forward_hook(self._factors[b])
         self._is_whole = False
-        self.set(plan)
+        self.set(plan, masking)
 
-    def set(self, plan: Plan) -> None:
-        """Take the owner shares of another plan."""
-        self._shares = owner_shares(plan.world_size, plan.owner_sets)
+    def set(self, plan: Plan, masking: str) -> None:
+        """Take the shares of another plan and masking."""
+        self._shares = running_shares(plan.world_size, plan.owner_sets, masking)
         self._update()
 
     @contextmanager

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdp_llm.plan import Plan, make_plan
+from sdp_llm.config import parse_config
+from sdp_llm.plan import Plan, schedule_from_config
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import assembled, distance, to_numpy, whole
 from tests.distributed.pool import Pool
-from tests.distributed.tiny import SAMPLES_PER_RANK, Case, batch, llama, train
+from tests.distributed.tiny import SAMPLES_PER_RANK, Case, batch, llama, run_config, train
 
 STEPS = 5
 
@@ -29,21 +30,31 @@ def _simulation(case: Case, plan: Plan) -> Simulation:
         masking=case.masking,
         seed=7,
         max_norm=case.clip,
+        dtype=torch.bfloat16 if case.is_bf16 else torch.float32,
         eos_id=case.eos_id,
         residual_scale=case.residual_scale,
     )
 
 
 def check_against_simulation(case: Case, pool: Pool) -> None:
-    plan = make_plan(case.world_size, 6, owners_per_block=case.owners_per_block)
+    """At every step, whatever plan the case's schedule has then."""
+    sdp = parse_config(run_config(case)).sdp
+    schedule = schedule_from_config(sdp, case.world_size, 6, STEPS)
+    plan, masking = schedule.at(0)
     traces = pool.run(train, case, STEPS)
     free, same_state = _simulation(case, plan), _simulation(case, plan)
     for step in range(STEPS):
+        plan, masking = schedule.at(step)
+        for simulation in (free, same_state):
+            simulation.plan, simulation.masking = plan, masking
         entries = [trace[step] for trace in traces]
-        start = whole([entry["weights"] for entry in entries])
-        with torch.no_grad():
-            for name, master in same_state.masters.items():
-                master.copy_(torch.from_numpy(start[name]))
+        stored = whole([entry["weights"] for entry in entries])
+        start, _ = assembled([entry["masters"] for entry in entries], same_state.masters)
+        for name, master in same_state.masters.items():
+            given = torch.from_numpy(start[name]).view(master.shape)
+            master.data.copy_(given)
+            weight = same_state.model.get_parameter(name).data.copy_(given)
+            np.testing.assert_array_equal(stored[name], weight.float().numpy(), err_msg=name)
         tokens = batch(step, case.world_size, case.eos_id)
         losses = same_state.accumulate(tokens, SAMPLES_PER_RANK // case.accumulation)
         expected = to_numpy(
@@ -66,7 +77,7 @@ def check_against_simulation(case: Case, pool: Pool) -> None:
         for entry in entries:
             assert entry["norm"] == pytest.approx(norm, rel=1e-6)
         free.step(tokens, SAMPLES_PER_RANK // case.accumulation)
-    end = whole([trace[STEPS]["weights"] for trace in traces])
+    end, _ = assembled([trace[STEPS]["masters"] for trace in traces], free.masters)
     assert distance(end, to_numpy(free.masters)) < 1e-5
 
 

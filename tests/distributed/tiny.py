@@ -107,9 +107,9 @@ def batch(step: int, world_size: int, eos_id: int | None = None) -> torch.Tensor
     return tokens if eos_id is None else tokens.where(tokens % 5 != 0, eos_id)
 
 
-def build(case: Case) -> SDPEngine:
-    """An engine of the tiny Llama."""
-    return initialize(llama(case.is_tied), run_config(case))[0]
+def build(case: Case, total_steps: int | None = None) -> SDPEngine:
+    """An engine of the tiny Llama; ``total_steps`` is the budget of its schedule."""
+    return initialize(llama(case.is_tied), run_config(case), total_num_steps=total_steps)[0]
 
 
 def hf_loss(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -164,14 +164,15 @@ def gradients(units: tuple[Unit, ...]) -> list[tuple[str, int, int, np.ndarray]]
 
 def train(case: Case, steps: int) -> list[dict[str, Any]]:
     """Run on a rank: train a tiny Llama; what each step started from and what it computed."""
-    engine = build(case)
+    engine = build(case, steps)
     trace = []
     for step in range(steps):
         entry: dict[str, Any] = {"weights": weights(engine)}
+        entry["masters"] = masters(engine.sharded.owned)
         entry["loss"] = forward_backward(engine, step, case.eos_id)
         entry["gradients"] = gradients(engine.sharded.owned)
         engine.step()
         entry["norm"] = engine.get_global_grad_norm()
         trace.append(entry)
-    trace.append({"weights": weights(engine)})
+    trace.append({"weights": weights(engine), "masters": masters(engine.sharded.owned)})
     return trace

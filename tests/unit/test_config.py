@@ -133,6 +133,15 @@ def test_a_phase_replaces_whichever_way_the_section_gives_owners() -> None:
     assert (second.coverage, second.owner_sets) == (None, ((0,), (0, 1)))
 
 
+def test_a_residual_scale_has_no_effect_in_a_phase_with_backward_masking() -> None:
+    raw = {
+        "residual_scale": "eval",
+        "schedule": [{"until": 0.5}, {"until": 1, "masking": "backward"}],
+    }
+    (_, forward), (_, backward) = parse_config({"sdp": raw}).sdp.phases()
+    assert (forward.residual_scale, backward.residual_scale) == ("eval", "none")
+
+
 def test_a_section_without_a_schedule_is_one_phase() -> None:
     sdp = SDPConfig(masking="backward")
     assert sdp.phases() == ((Fraction(1), sdp),)

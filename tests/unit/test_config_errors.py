@@ -66,6 +66,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"sdp.masking": "backward", "sdp.residual_scale": "eval"},
         ['sdp.residual_scale = "eval"', 'use "none"'],
     ),
+    (
+        {"sdp.schedule": [{"until": 1, "masking": "backward"}], "sdp.residual_scale": "eval"},
+        ['sdp.residual_scale = "eval"', 'use "none"'],
+    ),
     ({"sdp.coverage": 0}, ["sdp.coverage = 0: expected a number > 0"]),
     ({"sdp.coverage": 1e-9}, ["sdp.coverage = 1e-09"]),
     ({"sdp.coverage": "3/2"}, ['sdp.coverage = "3/2"']),

@@ -20,7 +20,7 @@ from sdp_llm.config import parse_config, resolve_batch
 from sdp_llm.config.residual import check_residual_scale
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import summed_loss, target_count
-from sdp_llm.plan import Plan, make_plan
+from sdp_llm.plan import Plan, make_plan, schedule_from_config
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.branches import find_branches
 from sdp_llm.subnetwork.residual import Fold, ResidualScale
@@ -116,7 +116,7 @@ def test_llama_block_by_hand() -> None:
     for scale, subnetwork, whole in (("eval", 1, 3 / 4), ("inverse_coverage", 4 / 3, 1)):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain = copy.deepcopy(model.model.layers[b])
-        residual_scale = ResidualScale(scale, model, PLAN)
+        residual_scale = ResidualScale(scale, model, PLAN, "forward")
         x = torch.randn(2, 12, config.hidden_size)
         positions = model.model.rotary_emb(x, torch.arange(12)[None])
         for s in (subnetwork, whole):
@@ -173,13 +173,16 @@ def test_a_change_of_plan_changes_the_factors_in_place(how: str) -> None:
             block.compile(backend="aot_eager", fullgraph=True)
     other = make_plan(4, LAYERS, owners_per_block=1, pinned_first=0)
     for plan in (PLAN, other, PLAN):
-        simulation.residual_scale.set(plan)
+        simulation.change_plan(plan, "forward")
         fresh = simulation_of(config, "inverse_coverage", plan)
         expected = losses_and_gradients(fresh.model)
         found = losses_and_gradients(simulation.model)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         with simulation.residual_scale.whole_model():
             assert losses_and_gradients(simulation.model)["loss"] != expected["loss"]
+    simulation.change_plan(other, "backward")
+    unscaled = losses_and_gradients(simulation_of(config, "none", other).model)
+    torch.testing.assert_close(losses_and_gradients(simulation.model), unscaled)
 
 
 def test_the_simulations_export_is_what_it_evaluates(tmp_path: Path) -> None:
@@ -192,8 +195,9 @@ def test_the_simulations_export_is_what_it_evaluates(tmp_path: Path) -> None:
         }
     )
     no_data: Any = None
-    inputs = Inputs(llama(layers=LAYERS), PLAN, resolve_batch(run, 4), no_data, None)
-    backend = SimulationBackend(run, inputs, 1, torch.device("cpu"))
+    schedule = schedule_from_config(run.sdp, 4, LAYERS, 1)
+    inputs = Inputs(llama(layers=LAYERS), schedule, resolve_batch(run, 4), no_data, None)
+    backend = SimulationBackend(run, inputs, torch.device("cpu"))
     tokens = torch.arange(4 * 13).view(4, 13) * 7 % VOCABULARY
     backend.step(tokens)
     expected = backend.evaluate(tokens, 4).loss
@@ -203,7 +207,7 @@ def test_the_simulations_export_is_what_it_evaluates(tmp_path: Path) -> None:
         loss = summed_loss(exported, tokens).item() / target_count(tokens)
     assert loss == pytest.approx(expected, rel=1e-6)
     unscaled = replace(run, sdp=replace(run.sdp, residual_scale="none"))
-    plain = SimulationBackend(unscaled, inputs, 1, torch.device("cpu"))
+    plain = SimulationBackend(unscaled, inputs, torch.device("cpu"))
     plain.step(tokens)
     assert plain.evaluate(tokens, 4).loss != pytest.approx(expected, rel=1e-6)
 
@@ -274,7 +278,10 @@ def test_backward_masking_has_nothing_to_scale(scale: str) -> None:
 
 
 def test_a_checkpoint_older_than_the_key_is_not_scaled() -> None:
-    state = {"plan": {"world_size": 4, "owners": PLAN.owner_sets}, "config": {"sdp": {}}}
+    sdp = {"masking": "forward"}
+    state = {"plan": {"world_size": 4, "owners": PLAN.owner_sets}, "config": {"sdp": sdp}}
     assert _folds(state, llama(layers=LAYERS), "model.layers") == {}
-    state["config"] = {"sdp": {"residual_scale": "eval"}}
+    sdp["residual_scale"] = "eval"
     assert len(_folds(state, llama(layers=LAYERS), "model.layers")) == 2 * len(PLAN.free_blocks)
+    state["plan"]["masking"] = "backward"  # of the phase in which it was saved
+    assert _folds(state, llama(layers=LAYERS), "model.layers") == {}

@@ -1,0 +1,52 @@
+"""What a checkpoint says beside its tensors, and how an engine goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdp_llm.config import RunConfig, to_dict
+from sdp_llm.errors import ConfigError
+from sdp_llm.optim import group_options
+from sdp_llm.subnetwork.build import Subnetwork
+from sdp_llm.versions import versions
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # attributes of DeepSpeed's engine
+
+
+def training_state(
+    engine: Any, run: RunConfig, subnetwork: Subnetwork, client_state: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The ``state`` that an engine's checkpoint is saved with."""
+    scheduler = engine.lr_scheduler
+    plan = subnetwork.plan
+    return {
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "param_groups": group_options(engine.basic_optimizer),
+        "client_state": dict(client_state or {}),
+        # For the reader, and for comparing what a run goes on with.
+        "config": to_dict(run),
+        "model": subnetwork.config.to_dict(),
+        "plan": {
+            "world_size": plan.world_size,
+            "owners": plan.owner_sets,
+            "masking": subnetwork.masking,
+        },
+        "versions": versions(),
+    }
+
+
+def adopt_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Go on with the saved learning-rate scheduler.
+
+    :param folder: of the checkpoint, for the message.
+    :raises ConfigError: it has none.
+    """
+    if state["scheduler"] is None:
+        raise ConfigError(
+            f"{folder}: saved without a learning-rate scheduler; pass "
+            "load_lr_scheduler_states=False, or remove scheduler from the config"
+        )
+    scheduler.load_state_dict(state["scheduler"])
