@@ -32,17 +32,15 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
         from sdp_llm.distributed import init_distributed
         from sdp_llm.training.backends import EngineBackend
-        from sdp_llm.training.budget import total_steps
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
 
-        steps = total_steps(run, inputs)
     init_distributed(timedelta(minutes=run.training.timeout_minutes))
     stop.hear_sigterm()
     is_writer = os.environ["RANK"] == "0"
-    folder = RunFolder(run, inputs.plan, is_writer, resume=arguments.resume)
-    backend = EngineBackend(run, inputs, steps, stop.is_set)
-    train(run, inputs, backend, folder, arguments.resume, steps)
+    folder = RunFolder(run, inputs.schedule, is_writer, resume=arguments.resume)
+    backend = EngineBackend(run, inputs, stop.is_set)
+    train(run, inputs, backend, folder, arguments.resume)
     stop.settle()
     shut_down()
 

@@ -30,16 +30,15 @@ def simulate(arguments: argparse.Namespace) -> None:
     import torch
 
     from sdp_llm.training.backends import SimulationBackend
-    from sdp_llm.training.budget import total_steps
     from sdp_llm.training.run_folder import RunFolder
     from sdp_llm.training.summary import closing_lines, summary_card
     from sdp_llm.training.trainer import Trainer
 
-    steps = total_steps(run, inputs)
-    folder = RunFolder(run, inputs.plan, is_writer=True)
+    steps = inputs.schedule.total_steps
+    folder = RunFolder(run, inputs.schedule, is_writer=True)
     folder.begin()
     device = torch.device(device_type())
-    trainer = Trainer(run, inputs, SimulationBackend(run, inputs, steps, device), folder, steps)
+    trainer = Trainer(run, inputs, SimulationBackend(run, inputs, device), folder, steps)
     if trainer.backend.rank == 0:
         print(summary_card(run, inputs, steps), flush=True)
     trainer.fit()

@@ -89,6 +89,14 @@ class Simulation:
         others = [m for m in self.masters.values() if not decay_all and m.dim() <= 1]
         self.optimizer = optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
 
+    def change_plan(self, plan: Plan, masking: str) -> None:
+        """Go on under another plan of as many workers.
+
+        Weights, masters and the state of an element-wise optimizer belong to the blocks: they stay.
+        """
+        self.plan = plan
+        self.masking = masking
+
     @contextmanager
     def worker(self, rank: int) -> Iterator[None]:
         """Within, ``self.model`` is the subnetwork of ``rank``."""

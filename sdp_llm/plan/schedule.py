@@ -55,12 +55,34 @@ class Phase:
             sets[block] = owners
         return replace(self.plan, owner_sets=tuple(sets))
 
+    def __str__(self) -> str:
+        text = f"coverage {self.plan.coverage}, {self.masking} masking"
+        if self.rotate_every == 1:
+            text += ", rotating every step"
+        elif self.rotate_every:
+            text += f", rotating every {self.rotate_every:,} steps"
+        return text
+
 
 @dataclass(frozen=True)
 class Schedule:
     """The phases of a run, in order and without gaps, from step 0; at least one."""
 
     phases: tuple[Phase, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks ``n``, the same in all phases."""
+        return self.phases[0].plan.world_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the budget; ``ENDLESS`` where nobody knows."""
+        return self.phases[-1].stop
+
+    def number_at(self, step: int) -> int:
+        """The number of a step's phase, as people count: from 1."""
+        return self.phases.index(self.phase_at(step)) + 1
 
     def phase_at(self, step: int) -> Phase:
         """The phase of a step; past the end the last one goes on."""
@@ -87,8 +109,8 @@ def schedule_from_config(
 ) -> Schedule:
     """The phases that the ``sdp`` section of a run config describes.
 
-    A phase ends at the step nearest to its share of the budget, half a step upwards. One that comes
-    to no step is left out where the budget has fewer steps than the schedule has phases.
+    A phase ends at the step nearest to its share of the budget. One that comes to no step is left
+    out where the budget has fewer steps than the schedule has phases.
 
     :param total_steps: optimizer steps of the budget; None: unknown, and the one phase of a config
         without ``sdp.schedule`` never ends.
@@ -98,13 +120,13 @@ def schedule_from_config(
     plans = phase_plans(sdp, world_size, num_blocks)
     if total_steps is None and sdp.schedule is not None:
         raise ConfigError(
-            "sdp.schedule: phases end at shares of the budget, which is not known here; pass "
-            "total_num_steps to initialize, or set sdp.schedule to null"
+            "sdp.schedule: phases end at shares of the budget, but there is none; give one in the "
+            "training section, or in a loop of your own total_num_steps to initialize"
         )
     phases: list[Phase] = []
     start = 0
-    for i, ((until, values), plan) in enumerate(zip(sdp.phases(), plans, strict=True)):
-        stop = ENDLESS if total_steps is None else _nearest_step(until, total_steps)
+    stops = phase_stops(sdp, total_steps)
+    for i, ((until, values), plan, stop) in enumerate(zip(sdp.phases(), plans, stops, strict=True)):
         if stop > start:
             phases.append(
                 Phase(start, stop, plan, values.masking, values.rotate_every, values.seed)
@@ -116,6 +138,13 @@ def schedule_from_config(
                 f"would end at step {stop}, where it begins; make it longer, or remove it"
             )
     return Schedule(tuple(phases))
+
+
+def phase_stops(sdp: SDPConfig, total_steps: int | None) -> tuple[int, ...]:
+    """The optimizer steps after which each of ``sdp.phases()`` ends, rounded half upwards."""
+    if total_steps is None:
+        return (ENDLESS,) * len(sdp.phases())
+    return tuple(math.floor(until * total_steps + Fraction(1, 2)) for until, _ in sdp.phases())
 
 
 def phase_plans(sdp: SDPConfig, world_size: int, num_blocks: int) -> tuple[Plan, ...]:
@@ -138,7 +167,3 @@ def _in_phase(message: str, path: str, names: Sequence[str]) -> str:
     for name in names:
         renamed = renamed.replace(f"sdp.{name}", f"{path}.{name}")
     return renamed if renamed != message else f"{path}: {message}"
-
-
-def _nearest_step(share: Fraction, total_steps: int) -> int:
-    return math.floor(share * total_steps + Fraction(1, 2))

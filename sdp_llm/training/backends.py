@@ -85,11 +85,11 @@ class EngineBackend:
         self,
         run: RunConfig,
         inputs: Inputs,
-        total_steps: int,
         is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine: SDPEngine
-        self.engine, *_ = initialize(inputs.model, run, total_num_steps=total_steps)
+        steps = inputs.schedule.total_steps
+        self.engine, *_ = initialize(inputs.model, run, total_num_steps=steps)
         self.engine.optimizer.flags = self._flags
         self._is_asked = is_asked
         self._in_background: BackgroundSave | None = None
@@ -175,15 +175,16 @@ class SimulationBackend:
 
     rank, world_size = 0, 1
 
-    def __init__(
-        self, run: RunConfig, inputs: Inputs, total_steps: int, device: torch.device
-    ) -> None:
+    def __init__(self, run: RunConfig, inputs: Inputs, device: torch.device) -> None:
         assert run.model is not None
+        self._schedule = inputs.schedule
+        self._steps = 0
+        plan, masking = self._schedule.at(0)
         self._simulation = Simulation(
             inputs.model,
-            inputs.plan,
+            plan,
             lambda groups: build_optimizer(run, groups),
-            masking=run.sdp.masking,
+            masking=masking,
             seed=run.training.seed,
             init_from=run.model.init_from,
             max_norm=run.gradient_clipping,
@@ -196,6 +197,7 @@ class SimulationBackend:
         self._device = device
         self._micro_batch = inputs.batch.micro_batch
         self._config = inputs.model
+        total_steps = inputs.schedule.total_steps
         self._scheduler = build_scheduler(run, self._simulation.optimizer, total_steps)
         if run.model.gradient_checkpointing:
             self._simulation.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -208,6 +210,9 @@ class SimulationBackend:
         result = self._simulation.step(tokens.to(self._device), self._micro_batch)
         if self._scheduler is not None and not result.is_skipped:
             self._scheduler.step()
+        self._steps += 1
+        if self._schedule.changes_at(self._steps):
+            self._simulation.change_plan(*self._schedule.at(self._steps))
         return Step(torch.tensor(result.losses), result.grad_norm, result.is_skipped)
 
     def must_stop(self) -> bool:

@@ -1,59 +1,106 @@
-"""How many optimizer steps a budget is."""
+"""How many optimizer steps a budget is, and which phases they are."""
 
 from __future__ import annotations
 
 import torch
+from transformers import PretrainedConfig
 
-from sdp_llm.config import RunConfig
-from sdp_llm.plan.cost import sdp_cost, steps_for_dense_flops
+from sdp_llm.config import BatchSizes, RunConfig
+from sdp_llm.errors import ConfigError
+from sdp_llm.plan import Schedule, schedule_from_config
+from sdp_llm.plan.cost import steps_for_dense_flops
 from sdp_llm.plan.peers import peer_cost
+from sdp_llm.plan.schedule_cost import check_memory_limit, mean_flops_per_token, schedule_cost
 from sdp_llm.plan.size import CostSetup, ModelSize, setup_from_config
 from sdp_llm.subnetwork.measure import model_size
 from sdp_llm.training.environment import device_type
-from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.position import Position
 
 
-def run_size(run: RunConfig, inputs: Inputs) -> tuple[ModelSize, CostSetup]:
-    """The model and the settings of a run, as far as they cost something."""
+def run_size(
+    run: RunConfig, model: PretrainedConfig, batch: BatchSizes, backend: str | None = None
+) -> tuple[ModelSize, CostSetup]:
+    """The model and the settings of a run, as far as they cost something.
+
+    :param backend: "gloo" or "nccl"; None: what this machine uses.
+    :raises ConfigError: for a model whose cost cannot be predicted.
+    """
     assert run.model is not None
-    assert run.data is not None
     zero = run.zero_optimization
     size = model_size(
-        inputs.model,
-        inputs.batch.micro_batch,
-        run.data.sequence_length,
+        model,
+        batch.micro_batch,
+        _sequence_length(run, model),
         gradient_checkpointing=run.model.gradient_checkpointing,
         attn_implementation=run.model.attn_implementation,
         dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
-        document_mask=run.data.document_mask,
+        document_mask=run.data is not None and run.data.document_mask,
     )
-    backend = "nccl" if device_type() == "cuda" else "gloo"
-    return size, setup_from_config(run, inputs.batch.accumulation, backend)
+    backend = backend or ("nccl" if device_type() == "cuda" else "gloo")
+    return size, setup_from_config(run, batch.accumulation, backend)
 
 
-def total_steps(run: RunConfig, inputs: Inputs) -> int:
+def run_schedule(
+    run: RunConfig, model: PretrainedConfig, batch: BatchSizes, world_size: int
+) -> Schedule:
+    """The phases of a run.
+
+    :raises ConfigError: the plan of a phase is impossible, a phase comes to no step, or the config
+        has a schedule without a budget.
+    """
+    depth = model.get_text_config().num_hidden_layers
+    steps = total_steps(run, model, batch, world_size) if run.training.budgets() else None
+    return schedule_from_config(run.sdp, world_size, depth, steps)
+
+
+def total_steps(run: RunConfig, model: PretrainedConfig, batch: BatchSizes, world_size: int) -> int:
     """The optimizer steps of the run's budget, at least 1; a part of a step counts as one."""
     training = run.training
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        assert run.data is not None
-        return -(-training.tokens // (inputs.batch.global_batch * run.data.sequence_length))
+        return -(-training.tokens // (batch.global_batch * _sequence_length(run, model)))
     assert training.flops_of_dense_steps is not None
-    size, setup = run_size(run, inputs)
-    dense = peer_cost(size, inputs.plan.world_size, setup, "DDP").compute.mean
-    sdp = sdp_cost(size, inputs.plan, setup).compute.mean
+    size, setup = run_size(run, model, batch)
+    dense = peer_cost(size, world_size, setup, "DDP").compute.mean
+    sdp = mean_flops_per_token(size, run.sdp, world_size, setup)
     return steps_for_dense_flops(training.flops_of_dense_steps, sdp, dense)
 
 
-def steps_from(run: RunConfig, inputs: Inputs, position: Position, steps: int) -> int:
+def steps_from(run: RunConfig, batch: BatchSizes, position: Position, steps: int) -> int:
     """The last step of a run that has come to ``position``, perhaps with another global batch.
 
     :param steps: of the budget, had all been trained with this batch.
     """
     if run.training.tokens is None or position.step == 0:
         return max(steps, position.step)
-    per_step = inputs.batch.global_batch * inputs.train.sequence_length
+    assert run.data is not None
+    per_step = batch.global_batch * run.data.sequence_length
     return position.step + max(0, -(-(run.training.tokens - position.tokens) // per_step))
+
+
+def check_memory(
+    run: RunConfig, model: PretrainedConfig, batch: BatchSizes, schedule: Schedule
+) -> None:
+    """Check that every phase is predicted to fit ``sdp.memory_limit_gib``, where it is given.
+
+    :raises ConfigError: when one does not, or nothing can be predicted.
+    """
+    limit = run.sdp.memory_limit_gib
+    if limit is None:
+        return
+    try:
+        size, setup = run_size(run, model, batch)
+    except ConfigError as error:
+        raise ConfigError(
+            f"sdp.memory_limit_gib = {limit:g}: cannot be checked, set it to null: {error}"
+        ) from error
+    check_memory_limit(schedule, schedule_cost(size, schedule, setup), limit)
+
+
+def _sequence_length(run: RunConfig, model: PretrainedConfig) -> int:
+    """Tokens per sample; without a data section as many as the model can take."""
+    if run.data is not None:
+        return run.data.sequence_length
+    return int(model.get_text_config().max_position_embeddings)

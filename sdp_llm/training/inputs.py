@@ -13,10 +13,11 @@ from transformers import PretrainedConfig
 from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
 from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import Plan, plan_from_config
+from sdp_llm.plan import Schedule
 from sdp_llm.subnetwork.adapter import empty_model
 from sdp_llm.subnetwork.measure import load_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained
+from sdp_llm.training.budget import check_memory, run_schedule
 from sdp_llm.training.corpora import (
     blend,
     check_ids,
@@ -29,13 +30,13 @@ from sdp_llm.training.documents import separator
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run config names: its model's config, its plan and its data.
+    """What a run config names: its model's config, its phases and its data.
 
     ``eos_id`` ends every document, where the config keeps documents apart; otherwise None.
     """
 
     model: PretrainedConfig
-    plan: Plan
+    schedule: Schedule
     batch: BatchSizes
     train: TrainingData
     validation: PackedDataset | None
@@ -55,7 +56,6 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     batch = resolve_batch(run, world_size)
     model = load_model_config(run.model.config)
     text = model.get_text_config()
-    plan = plan_from_config(run.sdp, world_size, text.num_hidden_layers)
     if run.model.init_from is not None:
         # Building a model changes its config.
         whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
@@ -67,6 +67,7 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
             f"data.sequence_length = {length}: longer than the model's "
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
+    schedule = run_schedule(run, model, batch, world_size)
     training, validation = open_training(run.data), open_validation(run.data)
     corpora = training | validation
     train = blend(run.data, list(training.values()), batch.global_batch)
@@ -77,7 +78,8 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
         check_tokenizer_of(corpora, run.data.tokenizer)
     eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
-    return Inputs(model, plan, batch, train, next(iter(validation.values()), None), eos_id)
+    check_memory(run, model, batch, schedule)
+    return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), eos_id)
 
 
 def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:

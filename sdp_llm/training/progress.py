@@ -11,13 +11,15 @@ HEADER_EVERY = 20
 class LogLine:
     """One line of the log.
 
-    ``loss`` is the mean training loss of all ranks since the last line, ``validation`` the whole
-    model's loss where it was measured since then; both in nats per token. ``memory_now`` and
-    ``memory_peak`` (bytes) are the least and the most of all ranks. ``eta`` is in seconds.
+    ``phase`` counts from 1. ``loss`` is the mean training loss of all ranks since the last line,
+    ``validation`` the whole model's loss where it was measured since then; both in nats per token.
+    ``memory_now`` and ``memory_peak`` (bytes) are the least and the most of all ranks. ``eta`` is
+    in seconds.
     """
 
     step: int
     total_steps: int
+    phase: int
     loss: float
     validation: float | None
     lr: float

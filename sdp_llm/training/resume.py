@@ -12,6 +12,8 @@ from sdp_llm.checkpoint.save import MANIFEST
 from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
+from sdp_llm.plan import Schedule
+from sdp_llm.plan.schedule import phase_stops
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.checkpoints import steps_in, tag_of
 from sdp_llm.training.inputs import Inputs
@@ -30,6 +32,7 @@ _LOUD = {
     "scheduler": "the schedule goes on at this step of the new one",
     "bf16.": "weights are rounded anew from the fp32 masters",
     "gradient_clipping": "from here on",
+    "sdp.schedule": "the run goes on in the phase of the new one",
     "communication_data_type": "from here on",
     "training.decay_all": "the optimizer keeps the checkpoint's groups",
 }
@@ -48,9 +51,7 @@ class Start:
     messages: tuple[str, ...] = ()
 
 
-def find_start(
-    run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: str, total_steps: int
-) -> Start:
+def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: str) -> Start:
     """Load the newest checkpoint that is whole into the backend. Collective.
 
     :param resume: "auto": from the run folder, where it has one; "none": from step 0; or the path
@@ -79,7 +80,7 @@ def find_start(
             )
         position = Position(**client_state["trainer"])
         saved = read_state(path)
-        return Start(position, path, (*skipped, *_changes(saved, run, inputs, total_steps)))
+        return Start(position, path, (*skipped, *_changes(saved, run, inputs, position.step)))
     if skipped:
         raise ConfigError(
             f"{folder}: no checkpoint is whole: {'; '.join(skipped)}; start anew in another "
@@ -101,12 +102,10 @@ def _candidates(folder: Path) -> list[Path]:
     return []
 
 
-def _changes(
-    saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, total_steps: int
-) -> Iterator[str]:
+def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int) -> Iterator[str]:
     """A line for everything that goes on in another way than it did."""
-    trainer = saved["client_state"]
-    world_size, now = saved["plan"]["world_size"], inputs.plan.world_size
+    trainer, total_steps = saved["client_state"], inputs.schedule.total_steps
+    world_size, now = saved["plan"]["world_size"], inputs.schedule.world_size
     if world_size != now:
         yield f"{now} ranks, {world_size} before"
     batch = inputs.batch.global_batch
@@ -126,6 +125,27 @@ def _changes(
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
             if effect:
                 yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
+    budget_before = trainer["total_steps"]
+    has_changed = before.get("sdp.schedule") != after.get("sdp.schedule")
+    if len(inputs.schedule.phases) > 1 and (has_changed or budget_before != total_steps):
+        yield _phases_line(run, inputs.schedule, step, None if has_changed else budget_before)
+
+
+def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: int | None) -> str:
+    """Where the phases end now, and which one the run goes on in.
+
+    :param budget_before: of the same phases; None: there were others.
+    """
+    stops = ", ".join(f"{phase.stop:,}" for phase in schedule.phases)
+    line = f"phases are shares of the budget: they end at steps {stops} now"
+    number, count = schedule.number_at(step), len(schedule.phases)
+    line += f"; the run goes on in phase {number} of {count}"
+    if budget_before is not None:
+        stops_before = phase_stops(run.sdp, budget_before)
+        was = next((i for i, stop in enumerate(stops_before, 1) if step < stop), count)
+        if was != number:
+            line += f", it was in phase {was}"
+    return line
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 from sdp_llm.checkpoint.together import agree, replace_text
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import Plan
+from sdp_llm.plan import Schedule
 from sdp_llm.training.checkpoints import clear_rubbish, set_aside, steps_in
 from sdp_llm.training.status import UNFINISHED, read_status
 from sdp_llm.versions import versions
@@ -28,7 +28,7 @@ class RunFolder:
     """Takes the folder for this process's run and writes into it, on rank 0 only.
 
     - ``config.json``: the resolved run config, which starts the same run again
-    - ``plan.json``: the owner set of every block
+    - ``plan.json``: the steps of every phase, and the owner set of every block in it
     - ``environment.json``: versions, commit, command line, world size
     - ``metrics.jsonl``: one object per log line, validation and checkpoint
     - ``checkpoints/step-N``
@@ -40,12 +40,14 @@ class RunFolder:
     :raises ConfigError: when it holds a run, another process writes into it, or it is not writable.
     """
 
-    def __init__(self, run: RunConfig, plan: Plan, is_writer: bool, resume: str = "none") -> None:
+    def __init__(
+        self, run: RunConfig, schedule: Schedule, is_writer: bool, resume: str = "none"
+    ) -> None:
         assert run.training.run_dir is not None
         self.path = Path(run.training.run_dir)
         self.checkpoints = self.path / "checkpoints"
         self._run = run
-        self._plan = plan
+        self._schedule = schedule
         self._is_writer = is_writer
         self._metrics = self.path / "metrics.jsonl"
         self._write_together(lambda: self._take(resume))
@@ -138,9 +140,8 @@ class RunFolder:
             forgotten.append(f"metrics.jsonl: {dropped} lines of steps that are done again removed")
         replace_text(self._metrics, "".join(kept))
         self._write("config.json", to_dict(self._run))
-        plan = {"world_size": self._plan.world_size, "owners": self._plan.owner_sets}
-        self._write("plan.json", plan)
-        self._write("environment.json", _environment(self._plan.world_size))
+        self._write("plan.json", _phases(self._schedule))
+        self._write("environment.json", _environment(self._schedule.world_size))
         return forgotten
 
     def _set_aside(self, step: int) -> list[str]:
@@ -156,6 +157,22 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _phases(schedule: Schedule) -> dict[str, Any]:
+    """Each phase from step ``start`` up to, not including, ``stop``, before its rotations."""
+    phases = [
+        {
+            "start": phase.start,
+            "stop": phase.stop,
+            "masking": phase.masking,
+            "rotate_every": phase.rotate_every,
+            "seed": phase.seed,
+            "owners": phase.plan.owner_sets,
+        }
+        for phase in schedule.phases
+    ]
+    return {"world_size": schedule.world_size, "phases": phases}
 
 
 def _environment(world_size: int) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig
+from sdp_llm.plan import Plan, Schedule
+from sdp_llm.subnetwork.adapter import ModelLayout
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.budget import steps_from
 from sdp_llm.training.checkpoints import (
@@ -27,12 +29,10 @@ def train(
     backend: EngineBackend,
     folder: RunFolder,
     resume: str,
-    steps: int,
 ) -> None:
     """Find the start, train, and leave a status that says how it ended. Collective.
 
     :param resume: as in :func:`sdp_llm.training.resume.find_start`.
-    :param steps: of the budget.
     :raises ConfigError: on every rank, when it cannot begin.
     :raises TrainingStopped: on every rank, when it cannot go on.
     """
@@ -41,10 +41,10 @@ def train(
         if backend.rank == 0:
             print(text, flush=True)
 
-    start = find_start(run, inputs, backend, resume, steps)
+    start = find_start(run, inputs, backend, resume)
     position = start.position
-    steps = steps_from(run, inputs, position, steps)
-    for line in _start_lines(start, steps):
+    steps = steps_from(run, inputs.batch, position, inputs.schedule.total_steps)
+    for line in _start_lines(start, inputs.schedule, steps):
         say(line)
     was_finished = read_status(folder.path).get("state") == FINISHED
     if start.checkpoint is not None and was_finished and position.step >= steps:
@@ -72,8 +72,7 @@ def train(
         saved_step=position.step if is_own else None,
     )
     say(summary_card(run, inputs, steps))
-    units = [(subnetwork.owners(unit), unit.numel) for unit in subnetwork.layout.units]
-    share = largest_share(units, backend.world_size)
+    share = _largest_share(inputs.schedule, subnetwork.layout)
     say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:
         trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
@@ -86,12 +85,30 @@ def train(
         say(closing_lines(trainer))
 
 
-def _start_lines(start: Start, steps: int) -> list[str]:
+def _largest_share(schedule: Schedule, layout: ModelLayout) -> int:
+    """The most elements that one rank writes into a checkpoint, in any phase."""
+    world = range(schedule.world_size)
+
+    def in_phase(plan: Plan) -> int:
+        owners = (world if u.block is None else plan.owner_sets[u.block] for u in layout.units)
+        sizes = (unit.numel for unit in layout.units)
+        return largest_share(zip(owners, sizes, strict=True), schedule.world_size)
+
+    return max(in_phase(phase.plan) for phase in schedule.phases)
+
+
+def _start_lines(start: Start, schedule: Schedule, steps: int) -> list[str]:
     if start.checkpoint is None:
         return list(start.messages)
-    position = start.position
+    position, last = start.position, schedule.phases[-1]
     line = (
         f"continuing from {start.checkpoint}: step {position.step} of {steps}, "
         f"{position.samples:,} samples, {position.tokens:,} tokens"
     )
-    return [*start.messages, line]
+    lines = [*start.messages, line]
+    if steps <= last.start:
+        lines.append(
+            f"warning: the run ends at step {steps}, before its last phase begins at step "
+            f"{last.start}: phases are shares of the budget at one batch size"
+        )
+    return lines

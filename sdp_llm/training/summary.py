@@ -9,8 +9,7 @@ import torch
 from sdp_llm.config import RunConfig, keys_without_effect
 from sdp_llm.data import TrainingData
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import render_ownership
-from sdp_llm.plan.report import plan_report
+from sdp_llm.plan.report import plan_parts, run_report
 from sdp_llm.training.budget import run_size
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
@@ -21,13 +20,17 @@ def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
     """The plan, what it costs, the data and the budget."""
     assert run.model is not None
     name = Path(run.model.config).stem
+    schedule = inputs.schedule
     try:
-        plan_lines = plan_report(inputs.plan, *run_size(run, inputs), model=name)
+        size, setup = run_size(run, inputs.model, inputs.batch)
     except ConfigError as error:
         # A model whose cost cannot be predicted (experts, convolutions) trains all the same.
-        plan_lines = f"{name}\n\n{render_ownership(inputs.plan)}\n\nno prediction: {error}"
+        plan_lines = "\n\n".join([name, *plan_parts(schedule), f"no prediction: {error}"])
+    else:
+        limit = run.sdp.memory_limit_gib
+        plan_lines = run_report(schedule, size, setup, model=name, memory_limit_gib=limit)
     batch = inputs.batch.global_batch
-    ranks = inputs.plan.world_size
+    ranks = schedule.world_size
     device = torch.cuda.get_device_name() if device_type() == "cuda" else "CPU (gloo)"
     lines = [
         plan_lines,

@@ -13,6 +13,7 @@ from sdp_llm.config import RunConfig
 from sdp_llm.data.sampler import rank_slice, validation_samples
 from sdp_llm.errors import Interrupted, TrainingStopped
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.plan import Phase
 from sdp_llm.training.backends import Backend, Step
 from sdp_llm.training.batches import StepBatches, read_batches
 from sdp_llm.training.environment import device_type
@@ -52,6 +53,7 @@ class Trainer:
         self.last_validation: Evaluation | None = None
         self._fresh_validation: Evaluation | None = None
         self._saver = saver
+        self._phase: Phase | None = None
         self._meter = Meter()
         self._lines = 0
         self._validation = self._validation_tokens()
@@ -85,6 +87,9 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Tensor]) -> bool:
         """One optimizer step and what is due after it; True when the run must stop."""
+        phase = self.inputs.schedule.phase_at(self.step)
+        if self._phase is not phase:
+            self._enter(phase)
         self._meter.start()
         result = self.backend.step(next(batches))
         self._meter.pause()
@@ -97,8 +102,8 @@ class Trainer:
         must_stop = result.must_stop or not self._validate_if_due()
         is_last = self.step == self.total_steps
         is_save_due = self._saver is not None and self._saver.is_due(self.step, is_last)
-        # What was measured up to a checkpoint is logged before it.
-        is_log_due = self.step % self.run.steps_per_print == 0
+        # What was measured up to a checkpoint or to the end of a phase is logged before it.
+        is_log_due = self.step % self.run.steps_per_print == 0 or self.step == phase.stop
         if is_last or is_log_due or is_save_due or must_stop:
             self.log(result.grad_norm)
         if self._saver is not None and not must_stop:
@@ -107,6 +112,15 @@ class Trainer:
                 self._saver.save(self.position, self.total_steps, can_wait=not is_last)
             self._saver.warn_if_too_slow(self._meter.last_step_seconds)
         return must_stop
+
+    def _enter(self, phase: Phase) -> None:
+        """Say which phase comes, where there are several."""
+        self._phase = phase
+        phases = self.inputs.schedule.phases
+        if len(phases) > 1:
+            number = phases.index(phase) + 1
+            steps = f"steps {phase.start + 1:,} to {phase.stop:,}"
+            self.say(f"phase {number} of {len(phases)}, {steps}: {phase}")
 
     def _stop(self) -> None:
         if self._saver is not None:
@@ -155,6 +169,7 @@ class Trainer:
         line = LogLine(
             step=self.step,
             total_steps=self.total_steps,
+            phase=self.inputs.schedule.number_at(self.step - 1),
             loss=reduced.loss,
             validation=self._fresh_validation.loss if self._fresh_validation else None,
             lr=self.backend.lr,

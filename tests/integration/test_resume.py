@@ -24,7 +24,6 @@ from sdp_llm.data.sampler import samples_at
 from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.training.backends import EngineBackend, Step
-from sdp_llm.training.budget import total_steps
 from sdp_llm.training.inputs import load_inputs
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.session import train
@@ -70,11 +69,10 @@ class Watched(EngineBackend):
         self,
         run: Any,
         inputs: Any,
-        steps: int,
         stop_after: int | None,
         full_disk: tuple[int, int] | None,
     ) -> None:
-        super().__init__(run, inputs, steps, self._asked)
+        super().__init__(run, inputs, self._asked)
         self._stop_after = stop_after
         self._in_evaluation = False
         self._full_disk = full_disk
@@ -122,7 +120,6 @@ def job(
     """Run on a rank: what ``launch/pretrain.py`` does, and what came of it."""
     run = load_config(config, ["training.export=false", *overrides])
     inputs = load_inputs(run, dist.get_world_size())
-    steps = total_steps(run, inputs)
     error, backend, said = "", None, io.StringIO()
     write = save.write_tensors
 
@@ -133,9 +130,9 @@ def job(
     save.write_tensors = write_slowly
     try:
         with redirect_stdout(said):
-            folder = RunFolder(run, inputs.plan, dist.get_rank() == 0, resume)
-            backend = Watched(run, inputs, steps, stop_after, full_disk)
-            train(run, inputs, backend, folder, resume, steps)
+            folder = RunFolder(run, inputs.schedule, dist.get_rank() == 0, resume)
+            backend = Watched(run, inputs, stop_after, full_disk)
+            train(run, inputs, backend, folder, resume)
     except (ConfigError, TrainingStopped) as caught:
         error = str(caught)
     limit_files(resource.RLIM_INFINITY)
@@ -274,6 +271,23 @@ def test_what_changes_is_said(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     data = load_inputs(load_config(tiny.config), 2).train
     read = torch.cat([first.batches[0], second.batches[0]]).numpy()
     np.testing.assert_array_equal(read, data.read(5, 16, 16))
+
+
+def test_phases_follow_a_new_budget(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    """Raised from 6 to 12 steps after 3, it goes back from the second phase to the first."""
+    where = f"training.run_dir={tmp_path / 'run'}"
+    phases = 'sdp.schedule=[{"until": 0.5}, {"until": 1}]'
+    [before, _] = run_on(pools(2), tiny, where, phases, stop_after=3)
+    assert "phase 1 of 2, steps 1 to 3: coverage 1/2, forward masking" in before.said
+    [after, _] = run_on(pools(2), tiny, where, phases, "training.steps=12", stop_after=4)
+    assert "they end at steps 6, 12 now; the run goes on in phase 1 of 2, it was in" in after.said
+    announced = [line for line in after.said.splitlines() if " of 2, steps " in line]
+    assert [line.split(":")[0] for line in announced] == [
+        "phase 1 of 2, steps 1 to 6",
+        "phase 2 of 2, steps 7 to 12",
+    ]
+    logged = [(e["step"], e["phase"]) for e in metrics(tmp_path / "run") if "loss" in e]
+    assert logged == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 2)]
 
 
 # -- where it starts ------------------------------------------------------------------------------

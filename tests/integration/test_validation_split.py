@@ -68,8 +68,8 @@ def trainer_outcome(config: str, folder: Path, samples: int) -> tuple[int, float
     overrides = [f"training.run_dir={folder}", f"training.eval_samples={samples}"]
     run = load_config(config, [*overrides, f"training.seed={SEED}"])
     inputs = load_inputs(run, dist.get_world_size())
-    run_folder = RunFolder(run, inputs.plan, is_writer=dist.get_rank() == 0)
-    job = Trainer(run, inputs, EngineBackend(run, inputs, 1), run_folder, 1)
+    run_folder = RunFolder(run, inputs.schedule, is_writer=dist.get_rank() == 0)
+    job = Trainer(run, inputs, EngineBackend(run, inputs), run_folder, 1)
     job.validate()
     assert job.last_validation is not None
     own = 0 if job._validation is None else len(job._validation)

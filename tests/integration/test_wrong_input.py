@@ -329,7 +329,7 @@ def located(wrong: Wrong, tiny: Tiny, folder: Path) -> tuple[Path, list[str], li
 def check(config: Path, overrides: list[str], world_size: int) -> None:
     """What pretraining checks before it builds anything."""
     run = load_config(config, overrides)
-    RunFolder(run, load_inputs(run, world_size).plan, is_writer=True).begin()
+    RunFolder(run, load_inputs(run, world_size).schedule, is_writer=True).begin()
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)

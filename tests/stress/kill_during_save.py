@@ -116,8 +116,8 @@ def rank_main(
     overrides += [f"training.async_save={str(is_async).lower()}"]
     run = load_config(config, overrides)
     inputs = load_inputs(run, world_size)
-    folder = RunFolder(run, inputs.plan, rank == 0, "auto")
-    train(run, inputs, Reporting(run, inputs, steps), folder, "auto", steps)
+    folder = RunFolder(run, inputs.schedule, rank == 0, "auto")
+    train(run, inputs, Reporting(run, inputs), folder, "auto")
 
 
 def digests(checkpoint: Path) -> dict[str, str]:

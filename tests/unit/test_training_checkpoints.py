@@ -23,7 +23,7 @@ from sdp_llm.training.position import Position
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
 from sdp_llm.training.status import Status, read_status
-from tests.unit.test_training_run_folder import PLAN, run_at
+from tests.unit.test_training_run_folder import SCHEDULE, run_at
 
 
 def folder_with(tmp_path: Path, *names: str) -> Path:
@@ -135,7 +135,7 @@ class Disk:
 
 def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
     run = run_at(tmp_path / "run")
-    folder = RunFolder(run, PLAN, is_writer=True)
+    folder = RunFolder(run, SCHEDULE, is_writer=True)
     status = Status(folder.path, 0, 100)
     status.write()
     return Saver(run.training, disk, folder, status, said.append, global_batch=8, size=size)
@@ -203,8 +203,8 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from sdp_llm.training import run_folder
 
     monkeypatch.setattr(run_folder, "PATIENCE_S", 0.1)
-    first = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    first = RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)
     with pytest.raises(ConfigError, match="another process trains in this folder"):
-        RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+        RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)
     del first
-    RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)

@@ -13,6 +13,7 @@ GIB = 2**30
 LINE = LogLine(
     step=5,
     total_steps=1000,
+    phase=1,
     loss=10.12345,
     validation=None,
     lr=3e-4,

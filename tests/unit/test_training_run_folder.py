@@ -11,11 +11,18 @@ import pytest
 
 from sdp_llm.config import RunConfig, load_config, parse_config
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan import make_plan
+from sdp_llm.plan import Phase, Plan, Schedule, make_plan
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.versions import PACKAGES
 
 PLAN = make_plan(4, 6, owners_per_block=2)
+
+
+def always(plan: Plan) -> Schedule:
+    return Schedule((Phase(0, 100, plan, "forward", 0, 0),))
+
+
+SCHEDULE = always(PLAN)
 
 
 def run_at(folder: Path) -> RunConfig:
@@ -33,10 +40,12 @@ def run_at(folder: Path) -> RunConfig:
 def test_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run"
     run = run_at(path)
-    RunFolder(run, PLAN, is_writer=True).begin()
+    RunFolder(run, SCHEDULE, is_writer=True).begin()
     assert load_config(path / "config.json") == run
     plan = json.loads((path / "plan.json").read_text())
-    assert plan == {"world_size": 4, "owners": [list(owners) for owners in PLAN.owner_sets]}
+    owners = [list(owners) for owners in PLAN.owner_sets]
+    phase = {"start": 0, "stop": 100, "masking": "forward", "rotate_every": 0, "seed": 0}
+    assert plan == {"world_size": 4, "phases": [{**phase, "owners": owners}]}
     environment = json.loads((path / "environment.json").read_text())
     assert environment["world_size"] == 4
     assert set(environment["packages"]) == {"python", *PACKAGES}
@@ -46,7 +55,7 @@ def test_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
-    folder = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True)
+    folder = RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)
     before = time.time()
     folder.log({"step": 1, "loss": 2.5})
     folder.log({"step": 2, "validation": None})
@@ -57,7 +66,7 @@ def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    folder = RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=False)
+    folder = RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=False)
     folder.begin()
     folder.log({"step": 1})
     assert not (tmp_path / "run").exists()
@@ -65,10 +74,10 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    RunFolder(run_at(path), PLAN, is_writer=True).log({"step": 1})
+    RunFolder(run_at(path), SCHEDULE, is_writer=True).log({"step": 1})
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     with pytest.raises(ConfigError, match="holds a run already; choose another folder") as caught:
-        RunFolder(run_at(path), make_plan(2, 6, owners_per_block=1), is_writer=True)
+        RunFolder(run_at(path), always(make_plan(2, 6, owners_per_block=1)), is_writer=True)
     assert f"training.run_dir = {json.dumps(str(path))}" in str(caught.value)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
@@ -76,7 +85,7 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    RunFolder(run_at(tmp_path / "run"), PLAN, is_writer=True).begin()
+    RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True).begin()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
@@ -84,7 +93,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "run"
     with pytest.raises(ConfigError) as caught:
-        RunFolder(run_at(path), PLAN, is_writer=True)
+        RunFolder(run_at(path), SCHEDULE, is_writer=True)
     message = str(caught.value)
     assert f"training.run_dir = {json.dumps(str(path))}: cannot write: " in message
     assert "Not a directory" in message
