@@ -24,16 +24,17 @@ class Snapshot:
 
     def take(self, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Copy the tensors; they may change when this returns."""
-        taken: dict[str, Tensor] = {}
-        for key, tensor in tensors:
-            buffer = self._buffers.pop(key, None)
+        taken = dict(tensors)
+        # What this rank holds no longer goes first, before there are buffers for other things.
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in taken}
+        for key, tensor in taken.items():
+            buffer = self._buffers.get(key)
             if buffer is None:
                 buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            taken[key] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._buffers = taken
-        return list(taken.items())
+        return [(key, self._buffers[key]) for key in taken]
 
 
 class BackgroundSave:

@@ -76,10 +76,9 @@ def rebuild(
     after = replace(after, absent=absent)
     for part in changed:
         if after.holds(part) and part.name not in units:
-            unit = _store(part, sharded, after)
+            unit = units[part.name] = _store(part, sharded, after)
             if unit.is_owner:
                 put(unit, held.pop(part.name), inner, known)
-            units[part.name] = unit
     model.to(sharded.device)  # the buffers of blocks that were absent
     stored = tuple(units[part.name] for part in before.layout.units if part.name in units)
     hooks = tuple(wait_before_use(model, stored))
