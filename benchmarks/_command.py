@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks._record import commit
 from sdp_llm.errors import ConfigError
 
 
@@ -24,6 +25,7 @@ def run_command(
     # Otherwise the process would end without removing the namespaces that it made.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
+    commit()  # before anything is written
     try:
         run(parser.parse_args(arguments))
     except ConfigError as error:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,17 @@ def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     return {
         "hardware": f"{cores}-core {platform.machine()} CPU, {memory} GiB",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
-def _commit() -> str | None:
-    """The commit of this source tree, with ``-dirty`` for changed files; None outside git."""
+@cache
+def commit() -> str | None:
+    """The commit of this source tree, with ``-dirty`` for changed files; None outside git.
+
+    It is that of the first call: what a benchmark writes may be tracked files too.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

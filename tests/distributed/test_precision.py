@@ -48,7 +48,14 @@ def train_with_masters(case: Case, steps: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("masking", "stage"), [("forward", 0), ("forward", 2), ("backward", 1)])
+@pytest.mark.parametrize(
+    ("masking", "stage"),
+    [
+        pytest.param("forward", 0, marks=pytest.mark.slow),
+        ("forward", 2),
+        ("backward", 1),
+    ],
+)
 def test_bf16_follows_fp32(masking: str, stage: int, pools: Callable[[int], Pool]) -> None:
     """Every loss within one bf16 rounding, masters within 1 % after 5 steps.
 
