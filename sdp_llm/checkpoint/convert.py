@@ -139,10 +139,12 @@ def _saved_config(reader: CheckpointReader) -> PretrainedConfig:
 
 def _folds(state: dict[str, Any], config: PretrainedConfig, blocks_path: str) -> dict[str, Fold]:
     """What ``sdp.residual_scale`` changes in the weights, under the plan that was saved."""
+    scale = state["config"]["sdp"].get("residual_scale", "none")  # younger than the format
+    if scale == "none":
+        return {}
     plan = state["plan"]
     masking = plan.get("masking", state["config"]["sdp"]["masking"])  # younger than the format
     shares = running_shares(plan["world_size"], plan["owners"], masking)
-    scale = state["config"]["sdp"].get("residual_scale", "none")  # younger than the format
     return exported_folds(scale, config, blocks_path, shares)
 
 

@@ -180,7 +180,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> dict[str, torch.Tenso
     tensors = [(tensor_key(MASTER, n, 0, v.numel()), v.flatten()) for n, v in masters.items()]
     folder.mkdir()
     files = [write_tensors(folder / "rank-00000.safetensors", tensors)]
-    state = {"model": config.to_dict(), "config": {"bf16": {"enabled": False}}}
+    state = {"model": config.to_dict(), "config": {"bf16": {"enabled": False}, "sdp": {}}}
     files.append(write_json(folder / "state.json", state | {"versions": versions()}))
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -243,11 +243,13 @@ def test_a_second_start_does_not_write_into_the_folder(uses: Uses, run: Run) -> 
 # -- the other launchers --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_does_the_same_from_the_folder_of_the_run(run: Run, others: Others) -> None:
     assert others.torchrun.losses() == pytest.approx(run.losses(), abs=1e-6)
     assert others.torchrun.validation() == pytest.approx(run.validation(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_simulation_does_the_same(run: Run, others: Others) -> None:
     assert others.simulated.losses() == pytest.approx(run.losses(), abs=1e-5)
     assert others.simulated.validation() == pytest.approx(run.validation(), abs=1e-5)
@@ -257,6 +259,7 @@ def test_the_simulation_does_the_same(run: Run, others: Others) -> None:
     assert saved[0] == saved[1]
 
 
+@pytest.mark.slow
 def test_plain_python_is_one_rank(run: Run, others: Others) -> None:
     assert json.loads((others.alone.folder / "plan.json").read_text())["world_size"] == 1
     # Plain data parallelism: how many ranks share the batch does not matter.
@@ -265,6 +268,7 @@ def test_plain_python_is_one_rank(run: Run, others: Others) -> None:
     assert others.alone.losses() != pytest.approx(run.losses(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_plain_python_without_the_flag_says_so(others: Others) -> None:
     done = others.alone_without_flag
     assert done.status == 2, done.output

@@ -67,6 +67,7 @@ def test_without_a_compiler_the_row_says_why(tmp_path: Path) -> None:
     assert f"n/a: {compiled['failure']}" in page
 
 
+@pytest.mark.slow
 def test_a_coverage_that_the_world_cannot_have_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/mfu.py", "--coverage", "1/3", "--output"]
     done = subprocess.run(

@@ -171,6 +171,7 @@ def test_the_page_says_whether_a_goal_is_reached(seconds: float, verdict: str) -
     assert over_sharded.endswith(f"{verdict} |")
 
 
+@pytest.mark.slow
 def test_without_ip_nothing_is_written(tmp_path: Path) -> None:
     output = tmp_path / "slow.json"
     command = [*SCRIPT, "--output", str(output)]
