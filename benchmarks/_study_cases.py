@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from sdp_llm.config import SDPConfig, parse_config
+from sdp_llm.config import parse_config
 from sdp_llm.plan.cost import steps_for_dense_flops
 from sdp_llm.plan.peers import dense_flops_per_token
 from sdp_llm.plan.schedule_cost import mean_flops_per_token
@@ -139,14 +139,9 @@ class Case:
         """What the learning rate is chosen for."""
         return DENSE if self.kind == DENSE else HALF
 
-    @property
-    def sdp(self) -> SDPConfig:
-        """The ``sdp`` section with seed 0."""
-        return parse_config({"sdp": dict(KINDS[self.kind])}).sdp
-
     def flops_per_token(self) -> float:
         """Of a rank, forward and backward, in the mean over the ranks and phases."""
-        return mean_flops_per_token(size_of(self.model), self.sdp, WORLD_SIZE, CostSetup())
+        return _flops_per_token(self.model, self.kind)
 
     def steps(self) -> int:
         """Optimizer steps of the budget."""
@@ -164,6 +159,18 @@ class Case:
         return WORLD_SIZE * self.samples * SEQUENCE_LENGTH
 
 
+@cache
+def _shape(model: Model) -> dict[str, Any]:
+    shape: dict[str, Any] = model.config().to_dict()
+    return shape
+
+
+@cache
+def _flops_per_token(model: Model, kind: str) -> float:
+    sdp = parse_config({"sdp": dict(KINDS[kind])}).sdp
+    return mean_flops_per_token(size_of(model), sdp, WORLD_SIZE, CostSetup())
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run."""
@@ -178,7 +185,7 @@ class Run:
         case = self.case
         kind = case.kind.replace(" ", "-").replace("/", "o").replace(",", "").replace("%", "pc")
         budget = f"{'f' if case.is_equal_flops else 's'}{case.dense_steps}"
-        content = [self._config("", "", ""), case.model.config().to_dict()]
+        content = [self._config("", "", ""), _shape(case.model)]
         text = json.dumps(content, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{case.model}-{kind}-{budget}-lr{self.rate:g}-seed{self.seed}-{digest}"

@@ -59,7 +59,7 @@ class _Child:
 def missing(settings: Settings, results: Results) -> Iterator[Planned]:
     """The runs without a result, in their order."""
     for entry in planned(results.rates, settings.questions, settings.seeds):
-        if entry.run is None or entry.run.id not in results.by_id:
+        if entry.run is None or entry.run not in results.by_run:
             yield entry
 
 
@@ -73,7 +73,7 @@ def train_missing(settings: Settings) -> list[str]:
     """
     settings.output.mkdir(parents=True, exist_ok=True)
     children: list[_Child] = []
-    attempts: Counter[str] = Counter()
+    attempts: Counter[Run] = Counter()
     with _lock(settings.output) as lock:
         try:
             while True:
@@ -86,7 +86,7 @@ def train_missing(settings: Settings) -> list[str]:
                     run = _next(settings, results, children, attempts)
                     if run is None:
                         break
-                    attempts[run.id] += 1
+                    attempts[run] += 1
                     children.append(_start(settings, run, lock))
                 if not children:
                     break
@@ -97,18 +97,18 @@ def train_missing(settings: Settings) -> list[str]:
                 child.process.terminate()
             for child in children:
                 child.process.wait()
-    return [key for key in attempts if not (settings.output / "results" / f"{key}.json").exists()]
+    return [run.id for run in attempts if not result_path(settings.output, run).exists()]
 
 
 def _next(
-    settings: Settings, results: Results, children: Sequence[_Child], attempts: Counter[str]
+    settings: Settings, results: Results, children: Sequence[_Child], attempts: Counter[Run]
 ) -> Run | None:
     if (settings.output / STOP).exists():
         return None
     running = {child.run for child in children}
     for entry in missing(settings, results):
         run = entry.run
-        if run is not None and run not in running and attempts[run.id] < ATTEMPTS:
+        if run is not None and run not in running and attempts[run] < ATTEMPTS:
             return run
     return None
 
@@ -165,7 +165,7 @@ def seconds_of(case: Case, results: Results) -> float:
 def _seconds_per_operation(model: Model, results: Results) -> float:
     found = [
         result["seconds"] / (result["cost"]["flops"] * result["world_size"])
-        for result in results.by_id.values()
-        if result["case"]["model"]["hidden"] == model.hidden
+        for run, result in results.by_run.items()
+        if run.case.model.hidden == model.hidden
     ]
     return median(found) if found else _GUESSES[model.hidden]
