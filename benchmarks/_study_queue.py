@@ -26,8 +26,8 @@ STOP = "stop"  # a file in the output folder: no further run begins
 ATTEMPTS = 2  # at a run that fails
 _POLL_S = 1.0
 _START_S = 15.0  # of a process, before it trains
-# Seconds per operation on half of a core pair, until there are results of the width.
-_GUESSES = {32: 8e-11, 64: 4.5e-11, 128: 3.3e-11}
+# Seconds per operation by width, on a core of its own, until there are results of it.
+_GUESSES = {32: 6e-11, 64: 3.5e-11, 128: 2.5e-11}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def label(case: Case) -> str:
     if case.kind != DENSE:
         return case.kind
     text = f"dense, {case.model.blocks} blocks"
-    return f"{text}, dropout {case.model.dropout:g}" if case.model.dropout else text
+    return f"{text}, attention dropout {case.model.dropout:g}" if case.model.dropout else text
 
 
 def dense_of(case: Case) -> Case:
