@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
@@ -48,7 +49,8 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> R
     """Check a run config that is already in memory; null stands for a key that is not given.
 
     :param mapping: what the JSON file would hold.
-    :param overrides: `a.b=VALUE`; VALUE is JSON, or else a plain string. null removes the key.
+    :param overrides: `a.b=VALUE` or, inside a list, `a[0].b=VALUE`; VALUE is JSON, or else a plain
+        string. null removes the key.
     :raises ConfigError: a key is unknown or unsupported, or a value breaks its rule.
     """
     tree = copy.deepcopy(dict(mapping))
@@ -146,13 +148,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, name = path.split(".")
     node = tree
     for depth, parent in enumerate(parents):
-        child = node.get(parent)
+        where = ".".join(parents[: depth + 1])
+        child = _child(node, parent, where)
         if child is None:
             if value is None:
                 return
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise wrong(".".join(parents[: depth + 1]), child, "expected an object {...}")
+            raise wrong(where, child, "expected an object {...}")
         node = child
     if value is not None:
         node[name] = value
@@ -162,23 +165,59 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise unknown(path, tuple(node))
 
 
+def _child(node: dict[str, Any], part: str, where: str) -> Any:
+    """What ``node`` has under ``name`` or ``name[index]``, or None.
+
+    :raises ConfigError: there is no object of that index.
+    """
+    name, index = _indexed(part)
+    if index is None:
+        return node.get(name)
+    value = node.get(name)
+    entries = value if isinstance(value, list) else []
+    if index >= len(entries):
+        raise ConfigError(
+            f"{where}: no such object, there are {len(entries)}, counted from 0; give the whole "
+            f"list as {where.rpartition('[')[0]}=[...]"
+        )
+    return entries[index]
+
+
 def _locate(path: str) -> Field[Any] | None:
     """The field at `path`, or None inside params, whose keys depend on the type beside them."""
     cls: type = RunConfig
     parts = path.split(".")
-    for depth, name in enumerate(parts):
+    for depth, part in enumerate(parts):
         parent = ".".join(parts[:depth])
+        name, index = _indexed(part)
         _check_known(cls, parent, name)
         item = next(item for item in fields(cls) if item.name == name)
         rest = parts[depth + 1 :]
+        where = _join(parent, name)
+        if (index is not None or rest) and "items" in item.metadata:
+            if index is None or not rest:
+                raise ConfigError(
+                    f"{path}: {where} is a list; give all of it, or a key of one of its objects "
+                    f"as {where}[0].{fields(item.metadata['items'])[0].name}"
+                )
+            cls = item.metadata["items"]
+            continue
+        if index is not None:
+            raise ConfigError(f"{path}: unknown key; {where} is not a list")
         if not rest:
             return item
         if "params" in item.metadata and len(rest) == 1:
             return None
         if "section" not in item.metadata:
-            raise ConfigError(f"{path}: unknown key; {_join(parent, name)} has no keys below it")
+            raise ConfigError(f"{path}: unknown key; {where} has no keys below it")
         cls = item.metadata["section"]
     raise AssertionError("a path has at least one part")
+
+
+def _indexed(part: str) -> tuple[str, int | None]:
+    """A part of a path: its name, and the index of ``name[index]``."""
+    match = re.fullmatch(r"(.*)\[(\d+)\]", part)
+    return (match[1], int(match[2])) if match else (part, None)
 
 
 def _override_value(item: Field[Any] | None, text: str) -> Any:

@@ -123,8 +123,8 @@ def _analysis_lines(phase: Phase, analysis: PlanAnalysis) -> str:
     }
     if phase.rotate_every:
         rows["rotation"] = (
-            f"every {phase.rotate_every:,} steps the free blocks are permuted among these owner "
-            "sets; the picture shows the first ones"
+            "the free blocks are permuted among these owner sets, of which the picture shows the "
+            f"first assignment; steps between: {phase.rotate_every:,}"
         )
     rows |= {
         "λ": f"{analysis.lam:.4f}, at least {analysis.lam_lower_bound:.4f} for any plan of this "

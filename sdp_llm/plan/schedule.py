@@ -56,8 +56,12 @@ class Phase:
         return replace(self.plan, owner_sets=tuple(sets))
 
     def __str__(self) -> str:
-        rotation = f", rotating every {self.rotate_every:,} steps" if self.rotate_every else ""
-        return f"coverage {self.plan.coverage}, {self.masking} masking{rotation}"
+        text = f"coverage {self.plan.coverage}, {self.masking} masking"
+        if self.rotate_every == 1:
+            text += ", rotating every step"
+        elif self.rotate_every:
+            text += f", rotating every {self.rotate_every:,} steps"
+        return text
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,32 @@ def test_uneven_load_and_no_data_section(capsys: pytest.CaptureFixture[str]) -> 
     assert output.count("most loaded rank") == 1  # all send the shared parameters only
 
 
+PHASES = 'sdp.schedule=[{"until": 0.5, "rotate_every": 50}, {"until": 1, "coverage": 1}]'
+
+
+@pytest.mark.usefixtures("in_root")
+def test_phases_are_rows_and_a_limit_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*DEMO, "--world_size", "4", "--backend", "gloo", "--set", PHASES]
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    assert max(len(line) for line in captured.out.splitlines()) <= 100
+    rows = [line.split() for line in captured.out.splitlines()]
+    for cells in (
+        ["1", "1", "to", "100", "1/2", "forward", "every", "50"],
+        ["2", "101", "to", "200", "1", "forward", "never"],
+    ):
+        assert sum(row[: len(cells)] == cells for row in rows) == 1
+    assert ["memory", "of", "one", "rank", "in", "phase", "2,", "MiB"] in [r[:8] for r in rows]
+    # One that does not fit is shown, and is an error.
+    assert main([*options, "--set", "sdp.memory_limit_gib=0.2"]) == 2
+    captured = capsys.readouterr()
+    assert "DOES NOT FIT" in captured.out
+    [line] = captured.err.splitlines()
+    assert line.startswith("plan: error: sdp.memory_limit_gib = 0.2: phase 2 of 2 (coverage 1,")
+    assert main([*options, "--set", "training.steps=null"]) == 2
+    assert "sdp.schedule: phases end at shares of the budget, but" in capsys.readouterr().err
+
+
 def test_wrong_input_is_one_line_of_the_command() -> None:
     result = _plan("--world_size", "3")
     assert result.returncode == 2

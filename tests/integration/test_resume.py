@@ -273,6 +273,23 @@ def test_what_changes_is_said(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read, data.read(5, 16, 16))
 
 
+def test_phases_follow_a_new_budget(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    """Raised from 6 to 12 steps after 3, it goes back from the second phase to the first."""
+    where = f"training.run_dir={tmp_path / 'run'}"
+    phases = 'sdp.schedule=[{"until": 0.5}, {"until": 1}]'
+    [before, _] = run_on(pools(2), tiny, where, phases, stop_after=3)
+    assert "phase 1 of 2, steps 1 to 3: coverage 1/2, forward masking" in before.said
+    [after, _] = run_on(pools(2), tiny, where, phases, "training.steps=12", stop_after=4)
+    assert "they end at steps 6, 12 now; the run goes on in phase 1 of 2, it was in" in after.said
+    announced = [line for line in after.said.splitlines() if " of 2, steps " in line]
+    assert [line.split(":")[0] for line in announced] == [
+        "phase 1 of 2, steps 1 to 6",
+        "phase 2 of 2, steps 7 to 12",
+    ]
+    logged = [(e["step"], e["phase"]) for e in metrics(tmp_path / "run") if "loss" in e]
+    assert logged == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 2)]
+
+
 # -- where it starts ------------------------------------------------------------------------------
 
 

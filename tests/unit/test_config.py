@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sdp_llm.config import (
+    PhaseConfig,
     RunConfig,
     SDPConfig,
     deepspeed_dict,
@@ -141,6 +142,10 @@ def test_a_schedule_can_be_set_on_the_command_line() -> None:
     config = parse_config(BASE, ['sdp.schedule=[{"until": 1, "coverage": "1/4"}]'])
     assert config.sdp.schedule is not None
     assert config.sdp.schedule[0].coverage == Fraction(1, 4)
+    one_key = parse_config(to_dict(config), ["sdp.schedule[0].coverage=3/4"]).sdp.schedule
+    assert one_key == (PhaseConfig(until=Fraction(1), coverage=Fraction(3, 4)),)
+    inherited = parse_config(to_dict(config), ["sdp.schedule[0].coverage=null"]).sdp.schedule
+    assert inherited == (PhaseConfig(until=Fraction(1)),)
     assert parse_config(to_dict(config), ["sdp.schedule=null"]).sdp.schedule is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,18 @@ def dataset(tmp_path: Path) -> PackedDataset:
 
 
 def trainer(
-    dataset: PackedDataset, folder: Path, backend: Notes, steps: int = 10, **training: Any
+    dataset: PackedDataset,
+    folder: Path,
+    backend: Notes,
+    steps: int = 10,
+    sdp: Mapping[str, Any] | None = None,
+    **training: Any,
 ) -> Trainer:
     run = parse_config(
         {
             "train_batch_size": BATCH,
             "steps_per_print": 4,
-            "sdp": {"coverage": 1},
+            "sdp": sdp or {"coverage": 1},
             "model": {"config": "unused.json"},
             "data": {"train": "unused", "sequence_length": SEQUENCE},
             "training": {"run_dir": str(folder / "run"), "seed": SEED, **training},
@@ -194,6 +200,61 @@ def test_the_validation_micro_batch_can_be_given(dataset: PackedDataset, tmp_pat
     backend = Notes()
     trainer(dataset, tmp_path, backend, eval_micro_batch_size=4).validate()
     assert backend.evaluated[0][2] == 4
+
+
+# -- phases ---------------------------------------------------------------------------------------
+
+PHASES = {
+    "coverage": 1,
+    "rotate_every": 1,
+    "schedule": [{"until": 0.6}, {"until": 0.7, "masking": "backward"}, {"until": 1, "seed": 3}],
+}
+
+
+def test_a_phase_is_announced_and_its_end_logged(
+    dataset: PackedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(dataset, tmp_path, Notes(), sdp=PHASES).fit()
+    lines = [e for e in metrics(tmp_path) if "loss" in e]
+    # A line every four steps, and at the end of each phase: none is about two of them.
+    assert [(e["step"], e["phase"]) for e in lines] == [(4, 1), (6, 1), (7, 2), (8, 3), (10, 3)]
+    assert [e["loss"] for e in lines] == [2.5, 5.5, 7.0, 8.0, 9.5]
+    printed = capsys.readouterr().out.splitlines()
+    announced = {line: i for i, line in enumerate(printed) if line.startswith("phase")}
+    rotating = "rotating every step"
+    assert list(announced) == [
+        f"phase 1 of 3, steps 1 to 6: coverage 1, forward masking, {rotating}",
+        f"phase 2 of 3, steps 7 to 7: coverage 1, backward masking, {rotating}",
+        f"phase 3 of 3, steps 8 to 10: coverage 1, forward masking, {rotating}",
+    ]
+    after = [printed[i + 1].split()[0] for i in announced.values()]
+    assert after == ["step", "7/10", "8/10"]
+
+
+def test_a_run_that_goes_on_says_its_phase(
+    dataset: PackedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = trainer(dataset, tmp_path, Notes(), sdp=PHASES)
+    job.position = Position(step=6, samples=6 * BATCH)
+    job.fit()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in printed if line.startswith("phase")] == [
+        "phase 2 of 3",
+        "phase 3 of 3",
+    ]
+    assert [e["phase"] for e in metrics(tmp_path) if "loss" in e] == [2, 3, 3]
+
+
+def test_one_phase_is_not_announced(
+    dataset: PackedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(dataset, tmp_path, Notes(), sdp={"coverage": 1, "rotate_every": 2}).fit()
+    assert "phase 1" not in capsys.readouterr().out
+    assert [(e["step"], e["phase"]) for e in metrics(tmp_path) if "loss" in e] == [
+        (4, 1),
+        (8, 1),
+        (10, 1),
+    ]
 
 
 # -- steps that are skipped -----------------------------------------------------------------------

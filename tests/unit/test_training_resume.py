@@ -1,0 +1,80 @@
+"""What a run that goes on says about its phases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from sdp_llm.config import RunConfig, parse_config, resolve_batch, to_dict
+from sdp_llm.training.budget import run_schedule
+from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.position import Position
+from sdp_llm.training.resume import Start, _changes
+from sdp_llm.training.session import _start_lines
+
+PHASES: list[dict[str, Any]] = [{"until": 0.5}, {"until": 0.8, "coverage": 1}, {"until": 1}]
+
+
+def prepared(steps: int, phases: list[dict[str, Any]] | None = PHASES) -> tuple[RunConfig, Inputs]:
+    run = parse_config(
+        {"train_batch_size": 8, "sdp": {"schedule": phases}, "training": {"steps": steps}}
+    )
+    model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
+    return run, Inputs(model, run_schedule(run, model, batch, 4), batch, None, None)  # type: ignore[arg-type]
+
+
+def said(before: tuple[RunConfig, Inputs], now: tuple[RunConfig, Inputs], step: int) -> list[str]:
+    """What is said when a run of ``before`` goes on as ``now`` after ``step`` steps."""
+    run, inputs = before
+    state = {
+        "client_state": {"global_batch": 8, "total_steps": inputs.schedule.total_steps},
+        "plan": {"world_size": 4},
+        "config": to_dict(run),
+    }
+    return list(_changes(state, *now, step))
+
+
+def test_the_same_phases_need_no_word() -> None:
+    assert said(prepared(100), prepared(100), 60) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "ending"),
+    [
+        (20, "phase 1 of 3"),
+        (60, "phase 1 of 3, it was in phase 2"),
+        (90, "phase 1 of 3, it was in phase 3"),
+        (100, "phase 2 of 3, it was in phase 3"),
+    ],
+)
+def test_phases_are_shares_of_the_new_budget(step: int, ending: str) -> None:
+    budget, phases = said(prepared(100), prepared(200), step)
+    assert budget.startswith("warning: the budget was 100 steps, it is 200 now")
+    assert phases == (
+        "phases are shares of the budget: they end at steps 100, 160, 200 now; the run goes on in "
+        f"{ending}"
+    )
+
+
+def test_other_phases_are_shown() -> None:
+    other = [{"until": 0.9}, {"until": 1, "coverage": 1}]
+    warning, phases = said(prepared(100), prepared(100, other), 60)
+    assert warning.startswith("warning: sdp.schedule = [{'until': '1/2'}, {'until': '4/5', 'cov")
+    assert "now: the run goes on in the phase of the new one" in warning
+    assert phases.endswith("they end at steps 90, 100 now; the run goes on in phase 1 of 2")
+    # And where there were none before, or there are none now.
+    assert len(said(prepared(100, None), prepared(100), 60)) == 2
+    assert len(said(prepared(100), prepared(100, None), 60)) == 1
+
+
+@pytest.mark.parametrize(("steps", "is_warned"), [(100, False), (81, False), (80, True)])
+def test_a_last_phase_that_is_never_reached_is_a_warning(steps: int, is_warned: bool) -> None:
+    _, inputs = prepared(100)
+    start = Start(Position(step=70), Path("step-70"))
+    lines = _start_lines(start, inputs.schedule, steps)
+    assert lines[0].startswith(f"continuing from step-70: step 70 of {steps}")
+    warned = [line for line in lines if line.startswith("warning: the run ends at step 80, before")]
+    assert bool(warned) == is_warned
