@@ -1,0 +1,189 @@
+"""Which runs answer which question of the study, and in which order they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from benchmarks._study_cases import DENSE, HALF, Case, Model, Run
+
+BASE = Model()
+STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block parameter
+SHORT, LONG = STEPS // 4, STEPS * 3
+
+WIDE, WIDEST, DEEP, SHALLOW = Model(64), Model(128), Model(32, 16), Model(32, 4)
+# The learning rates that are tried, with seed 0, and the budget they are tried with.
+GRIDS: Mapping[Model, tuple[tuple[float, ...], int]] = {
+    BASE: ((0.002, 0.004, 0.008, 0.016, 0.032), STEPS),
+    WIDE: ((0.002, 0.004, 0.008), 500),
+    DEEP: ((0.002, 0.004, 0.008), 500),
+    WIDEST: ((0.001, 0.002, 0.004), 300),
+}
+SWEEP = 0
+
+Rates = Mapping[tuple[Model, str], float]
+
+
+def learning_rate(case: Case, rates: Rates) -> float | None:
+    """The best rate of the case's family on its own model, else on the base model.
+
+    :param rates: what the sweeps have found, by model and family.
+    """
+    model = replace(case.model, dropout=0.0)
+    if model not in GRIDS:
+        model = BASE
+    return rates.get((model, case.family))
+
+
+def sweep(model: Model, family: str) -> list[Run]:
+    """The runs that choose the learning rate of a model."""
+    grid, steps = GRIDS[model]
+    return [Run(Case(model, family, steps), rate, 0) for rate in grid]
+
+
+def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
+    return [Case(BASE, kind, STEPS, **budget) for kind in kinds]
+
+
+def _smaller(blocks: int, steps: int = STEPS) -> Case:
+    """A dense model with fewer blocks, at as many operations as the base model's steps."""
+    return Case(replace(BASE, blocks=blocks), DENSE, steps, reference=BASE)
+
+
+_PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
+_UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
+_UNPINNED.append("backward 1/2, no pins")
+
+# By question and in order of what they tell; a case may serve several questions.
+QUESTIONS: Mapping[int, tuple[Case, ...]] = {
+    1: (
+        *_at([DENSE, HALF, *_PINNED, *_UNPINNED]),
+        *_at([HALF, *_PINNED, *_UNPINNED], is_equal_flops=False),
+    ),
+    2: (
+        *_at([DENSE, HALF, "backward 1/2"]),
+        *(_smaller(blocks) for blocks in (5, 6, 4)),
+        *(
+            case
+            for steps in (LONG, SHORT)
+            for case in (
+                Case(BASE, DENSE, steps),
+                Case(BASE, HALF, steps),
+                _smaller(5, steps),
+            )
+        ),
+    ),
+    3: (
+        *_at([DENSE, HALF, "forward 1/2, rotated every 1"]),
+        Case(replace(BASE, dropout=0.1), DENSE, STEPS),
+    ),
+    4: tuple(
+        _at(
+            [
+                DENSE,
+                HALF,
+                "forward 1/2, no pins",
+                "forward 1/2, first pinned",
+                "forward 1/2, last pinned",
+                "forward 1/2, two of each pinned",
+            ]
+        )
+    ),
+    5: tuple(
+        _at(
+            [
+                DENSE,
+                HALF,
+                *(f"forward 1/2, rotated every {steps}" for steps in (50, 1, 500)),
+                *(
+                    f"forward 1/2, last {share:.0%} {name}"
+                    for share in (0.5, 0.2, 0.1, 0.05)
+                    for name in ("full", "backward")
+                ),
+                "forward 1/2, first 20% full",
+            ]
+        )
+    ),
+    6: tuple(
+        _at(
+            [
+                HALF,
+                "forward 1/2, two halves",
+                "forward 1/2, two interleaved",
+                "forward 1/2, cyclic",
+                "backward 1/2",
+                "backward 1/2, two halves",
+            ]
+        )
+    ),
+    7: tuple(_at([HALF, "backward 1/2", "forward 1/2, no pins"])),
+    8: tuple(
+        Case(model, kind, steps, samples=samples)
+        for model, steps, samples in (
+            (BASE, STEPS, 1),
+            (BASE, SHORT, 1),
+            (BASE, LONG, 1),
+            (WIDE, SHORT, 1),
+            (WIDE, STEPS, 1),
+            (DEEP, STEPS, 1),
+            (SHALLOW, STEPS, 1),
+            (WIDEST, 600, 1),
+            (BASE, STEPS // 2, 2),
+        )
+        for kind in (DENSE, HALF)
+    ),
+}
+PROBED = frozenset(QUESTIONS[7])
+# What tells least for its time: trained with each seed after everything else.
+LATE = frozenset(
+    (
+        *_at(["backward 3/4", "backward 1/4", "backward 1/2, no pins"]),
+        *_at(["forward 3/4, no pins", "forward 1/4, no pins"]),
+        *_at([*_PINNED[3:], *_UNPINNED], is_equal_flops=False),
+        *_at(["forward 1/2, rotated every 500", "forward 1/2, first 20% full"]),
+        *_at([f"forward 1/2, last 5% {name}" for name in ("full", "backward")]),
+        *_at(["forward 1/2, cyclic", "forward 1/2, two interleaved"]),
+        _smaller(4),
+        *(case for case in QUESTIONS[8] if case.model == WIDEST),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the list; ``run`` is None as long as its learning rate is not known."""
+
+    question: int
+    case: Case
+    seed: int
+    run: Run | None
+
+
+def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Planned]:
+    """All runs in their order, each once: every question with seed 0 first, then with seed 1 ...
+
+    A learning rate is chosen before the first run that needs it.
+    """
+    listed: set[Run | tuple[Case, int]] = set()
+    for seed, is_late in product(range(seeds), (False, True)):
+        for question in questions:
+            for case in QUESTIONS[question]:
+                if (case in LATE) == is_late:
+                    yield from _of_case(case, question, seed, rates, listed)
+
+
+def _of_case(
+    case: Case, question: int, seed: int, rates: Rates, listed: set[Run | tuple[Case, int]]
+) -> Iterator[Planned]:
+    model = replace(case.model, dropout=0.0)
+    for run in sweep(model if model in GRIDS else BASE, case.family):
+        if run not in listed:
+            listed.add(run)
+            yield Planned(SWEEP, run.case, run.seed, run)
+    rate = learning_rate(case, rates)
+    run = None if rate is None else Run(case, rate, seed)
+    key = (case, seed) if run is None else run
+    if key not in listed:
+        listed.add(key)
+        yield Planned(question, case, seed, run)

@@ -1,0 +1,197 @@
+"""The tables of the study, one page per question, from the results that are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import _study_pictures as pictures
+from benchmarks._record import markdown_table
+from benchmarks._study_cases import DENSE, HALF, Case, size_of
+from benchmarks._study_numbers import Fit, fit, mean
+from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, sweep
+from benchmarks._study_results import Results
+from benchmarks._study_rows import Row, dense_of, rows_of, table
+
+_ABOUT = (
+    "Whole-model validation loss in nats per token, mean and standard error over seeds; the gap "
+    "is paired by seed with the dense model at the same budget. FLOPs in those of the dense base "
+    "model's run. Memory of one rank and bytes that it sends in the whole run are closed forms "
+    "(fp32, AdamW; state and total at ZeRO stage 0, then the total at stage 2)."
+)
+
+
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Write a page and a picture for every question that has results.
+
+    :returns: the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [_write(folder / "learning_rates.md", _rates_page(results))]
+    for question, cases in QUESTIONS.items():
+        rows = rows_of(cases, results)
+        if not rows:
+            continue
+        page = [_ABOUT, *_SECTIONS.get(question, _plain)(rows, folder, question)]
+        written.append(_write(folder / f"question_{question}.md", "\n\n".join(page)))
+    every = dict.fromkeys(case for cases in QUESTIONS.values() for case in cases)
+    rows = rows_of((case for case in every if _is_on_front(case)), results)
+    if rows:
+        pictures.fronts(rows, folder / "question_9.png")
+        rows = sorted(rows, key=lambda row: row.loss.value)
+        page = [_ABOUT, "![front](question_9.png)", table(rows)]
+        written.append(_write(folder / "question_9.md", "\n\n".join(page)))
+    return [*written, *sorted(folder.glob("*.png"))]
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _is_on_front(case: Case) -> bool:
+    return dense_of(case).model == BASE and case.samples == 1
+
+
+def _rates_page(results: Results) -> str:
+    rows = []
+    for model in GRIDS:
+        for family in (DENSE, HALF):
+            runs = sweep(model, family)
+            losses = [results.by_run.get(run, {}).get("loss") for run in runs]
+            cells = [
+                f"{run.rate:g}: {loss:.3f}"
+                for run, loss in zip(runs, losses, strict=True)
+                if loss is not None
+            ]
+            best = results.rates.get((model, family))
+            is_edge = best in (runs[0].rate, runs[-1].rate)
+            chosen = "-" if best is None else f"{best:g}" + (" (edge of the grid)" * is_edge)
+            rows.append([f"{model}, {family}", str(GRIDS[model][1]), ", ".join(cells), chosen])
+    return markdown_table(["model", "dense steps", "rate: loss", "chosen"], rows)
+
+
+def _plain(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    name = f"question_{question}.png"
+    pictures.dots(rows, folder / name)
+    return [f"![loss]({name})", table(rows)]
+
+
+def _budgets(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    parts = []
+    for is_equal, title in ((True, "Equal FLOPs"), (False, "Equal steps")):
+        chosen = [r for r in rows if r.case.is_equal_flops == is_equal or r.case.kind == DENSE]
+        name = f"question_{question}_{'flops' if is_equal else 'steps'}.png"
+        pictures.dots(chosen, folder / name)
+        parts += [f"### {title}", f"![loss]({name})", table(chosen)]
+    return parts
+
+
+def _smaller(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    name = f"question_{question}.png"
+    pictures.curves(rows, folder / name)
+    return [f"![loss]({name})", table(rows)]
+
+
+def _plans(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    name = f"question_{question}.png"
+    pictures.dots(rows, folder / name)
+    return [f"![loss]({name})", table(rows, {"λ": lambda row: f"{row.lam:.2f}"})]
+
+
+def _alignments(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    name = f"question_{question}.png"
+    pictures.alignments(rows, folder / name)
+    cells = []
+    for row in rows:
+        probes = [result["alignment"] for result in row.by_seed.values()]
+        for masking in ("forward", "backward"):
+            for at in range(min(map(len, probes))):
+                found = [probe[at][masking] for probe in probes]
+                units = {
+                    unit: mean([f["units"][unit] for f in found]) for unit in found[0]["units"]
+                }
+                blocks = [m.value for unit, m in units.items() if unit.startswith("block")]
+                ranks = mean([sum(f["ranks"]) / len(f["ranks"]) for f in found])
+                low = mean([min(f["ranks"]) for f in found])
+                cells.append(
+                    [
+                        row.label,
+                        f"{probes[0][at]['step']:,}",
+                        masking,
+                        str(ranks),
+                        str(low),
+                        *(f"{value:.2f}" for value in blocks),
+                    ]
+                )
+    header = ["trained with", "step", "masks", "ranks, mean", "ranks, lowest"]
+    header += [f"b{b}" for b in range(len(blocks))]
+    about = (
+        "Cosine between the masked-averaged gradient and the whole model's, of the same 64 "
+        "held-out samples dealt to 8 workers: over all that a rank owns, and by block. A masking "
+        "that drops nothing but samples (backward) shows what sampling alone costs."
+    )
+    return [about, f"![cosine]({name})", markdown_table(header, cells)]
+
+
+def gap_trend(rows: Sequence[Row]) -> Fit | None:
+    """The gap of forward masking at 1/2, linear in the logarithms of size, depth and tokens.
+
+    Size is the parameters of the model, tokens are those of the dense run per parameter; both and
+    the depth are over those of the base model, so that the constant is the gap there. Every seed
+    is a point.
+    """
+    columns: dict[str, list[float]] = {"at the base": [], "size": [], "depth": [], "tokens": []}
+    gaps = []
+    dense = {row.case: row for row in rows if row.case.kind == DENSE}
+    base = _scales(Case(BASE, DENSE, STEPS))
+    for row in rows:
+        other = dense.get(dense_of(row.case))
+        if row.case.kind != HALF or row.case.samples != 1 or other is None:
+            continue
+        scales = zip(_scales(other.case), base, strict=True)
+        point = (1.0, *(math.log2(value / at_base) for value, at_base in scales))
+        for seed in row.by_seed.keys() & other.by_seed.keys():
+            gaps.append(row.by_seed[seed]["loss"] - other.by_seed[seed]["loss"])
+            for column, value in zip(columns.values(), point, strict=True):
+                column.append(value)
+    return fit(columns, gaps) if gaps else None
+
+
+def _scales(case: Case) -> tuple[float, float, float]:
+    """Parameters, blocks, and tokens per parameter."""
+    size = size_of(case.model).numel
+    return size, case.model.blocks, case.tokens() / size
+
+
+def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
+    name = f"question_{question}.png"
+    pictures.gaps(rows, folder / name)
+    extra: dict[str, Callable[[Row], str]] = {
+        "model": lambda row: str(row.case.model),
+        "batch": lambda row: f"{row.case.tokens_per_step:,}",
+        "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost['parameters']:.1f}",
+    }
+    parts = [f"![gap]({name})", table(rows, extra)]
+    found = gap_trend(rows)
+    if found is not None:
+        terms = zip(found.names, found.values, found.errors, strict=True)
+        cells = [[name, f"{value:+.4f}", f"{error:.4f}"] for name, value, error in terms]
+        parts.append(
+            f"The gap in nats per token at the base model, and how each doubling of parameters, "
+            f"depth and tokens per parameter changes it: least squares over {found.count} pairs "
+            f"of runs, whose residuals scatter by {found.scatter:.4f}."
+        )
+        parts.append(markdown_table(["term", "coefficient", "standard error"], cells))
+    return parts
+
+
+_Section = Callable[[Sequence[Row], Path, int], list[str]]
+_SECTIONS: Mapping[int, _Section] = {
+    1: _budgets,
+    2: _smaller,
+    6: _plans,
+    7: _alignments,
+    8: _trend,
+}

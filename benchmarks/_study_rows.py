@@ -1,0 +1,104 @@
+"""One row per case of the study: its loss, its gap to the dense model, and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks._record import markdown_table
+from benchmarks._study_cases import DENSE, Case
+from benchmarks._study_numbers import Mean, difference, mean
+from benchmarks._study_plan import BASE, STEPS
+from benchmarks._study_results import Results
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known about one case.
+
+    ``gap`` is the loss minus that of the dense model with the same budget, paired by seed; None
+    where there is no common seed. ``cost`` is that of one rank and of the whole run.
+    """
+
+    case: Case
+    label: str
+    loss: Mean
+    gap: Mean | None
+    steps: int
+    cost: Mapping[str, Any]
+    lam: float
+    by_seed: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def flops(self) -> float:
+        """Operations of a rank in the whole run."""
+        return float(self.cost["flops"])
+
+    def memory(self, stage: int, what: str = "total") -> float:
+        """MiB of the rank that needs most."""
+        return float(self.cost["stages"][str(stage)]["memory"][what]) / MIB
+
+    def sent(self, stage: int) -> float:
+        """MiB that a rank sends in the whole run."""
+        return float(self.cost["stages"][str(stage)]["sent"]) / MIB
+
+
+def label(case: Case) -> str:
+    """What a case is called in tables and pictures."""
+    if case.kind != DENSE:
+        return case.kind
+    text = f"dense, {case.model.blocks} blocks"
+    return f"{text}, attention dropout {case.model.dropout:g}" if case.model.dropout else text
+
+
+def dense_of(case: Case) -> Case:
+    """The dense model that a case is compared with: the same budget, all blocks."""
+    model = case.reference or replace(case.model, dropout=0.0)
+    return Case(model, DENSE, case.dense_steps, samples=case.samples)
+
+
+def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
+    """A row for each case that has results."""
+    rows = []
+    for case in cases:
+        found = results.of(case)
+        if not found:
+            continue
+        losses = {seed: result["loss"] for seed, result in found.items()}
+        dense = {seed: result["loss"] for seed, result in results.of(dense_of(case)).items()}
+        first = next(iter(found.values()))
+        rows.append(
+            Row(
+                case,
+                label(case),
+                mean(list(losses.values())),
+                None if case == dense_of(case) else difference(losses, dense),
+                first["steps"],
+                first["cost"],
+                first["lam"],
+                found,
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row], extra: Mapping[str, Callable[[Row], str]] | None = None) -> str:
+    """Loss and cost of each row."""
+    dense = next((row.flops for row in rows if row.case == Case(BASE, DENSE, STEPS)), None)
+    columns: dict[str, Callable[[Row], str]] = {
+        "training": lambda row: row.label,
+        **(extra or {}),
+        "steps": lambda row: f"{row.steps:,}",
+        "FLOPs": lambda row: "-" if dense is None else f"{row.flops / dense:.2f}",
+        "loss": lambda row: str(row.loss),
+        "gap to dense": lambda row: row.gap.text("+") if row.gap else "-",
+        "seeds": lambda row: str(row.loss.count),
+        "state, MiB": lambda row: f"{row.memory(0, 'state'):.2f}",
+        "total, MiB": lambda row: f"{row.memory(0):.2f}",
+        "stage 2, MiB": lambda row: f"{row.memory(2):.2f}",
+        "sent, MiB": lambda row: f"{row.sent(0):,.0f}",
+    }
+    return markdown_table(list(columns), [[f(row) for f in columns.values()] for row in rows])

@@ -1,0 +1,139 @@
+"""Train one run of the study through the library's own trainer, and write what came of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._record import provenance
+from benchmarks._study_alignment import alignment
+from benchmarks._study_cases import WORLD_SIZE, Run
+from benchmarks._study_merged import accumulate
+from benchmarks._study_results import result_path
+from sdp_llm.checkpoint.together import replace_text
+from sdp_llm.config import RunConfig, parse_config
+from sdp_llm.data.sampler import validation_samples
+from sdp_llm.evaluation import Evaluation
+from sdp_llm.plan import analyze
+from sdp_llm.plan.schedule_cost import schedule_cost
+from sdp_llm.subnetwork.init import module_seed
+from sdp_llm.training.backends import SimulationBackend, Step
+from sdp_llm.training.budget import run_size
+from sdp_llm.training.inputs import Inputs, load_inputs
+from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.training.trainer import Trainer
+
+STAGES = (0, 2)
+PROBES = 8  # in a run that is probed
+PROBE_SAMPLES = 64  # of the validation corpus
+
+
+class StudyBackend(SimulationBackend):
+    """The simulation with all workers in one pass, and probes of the gradients on the way.
+
+    :param is_probed: measure the alignment of gradients before the first step and at equal
+        distances after it.
+    """
+
+    def __init__(self, run: RunConfig, inputs: Inputs, is_probed: bool) -> None:
+        super().__init__(run, inputs, torch.device("cpu"))
+        simulation = self._simulation
+        simulation.accumulate = lambda batch, micro: accumulate(simulation, batch, micro)
+        torch.manual_seed(module_seed(run.training.seed, "dropout"))
+        self.alignment: list[dict[str, Any]] = []
+        self._interval = max(1, inputs.schedule.total_steps // PROBES) if is_probed else 0
+        assert inputs.validation is not None
+        indices = validation_samples(inputs.validation, PROBE_SAMPLES)
+        usable = len(indices) // WORLD_SIZE * WORLD_SIZE
+        self._probe = torch.from_numpy(inputs.validation.batch(indices[:usable]))
+
+    def step(self, tokens: Tensor) -> Step:
+        if self._interval and self._steps % self._interval == 0:
+            found = alignment(self._simulation, self._probe, 1)
+            self.alignment.append({"step": self._steps, **found})
+        return super().step(tokens)
+
+    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
+        self._simulation.model.eval()
+        result = super().evaluate(samples, micro_batch)
+        self._simulation.model.train()
+        return result
+
+
+def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str, Any]:
+    """Train and return the result, which is also written to ``output/results``.
+
+    :param data: folder of the tokenized corpus.
+    :param output: folder of the study.
+    :raises ConfigError: for data that cannot be read.
+    """
+    torch.set_num_threads(1)
+    case = study_run.case
+    model = output / "models" / f"{case.model}.json"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(model, case.model.config().to_json_string())
+    config = study_run.config(str(data), str(output))
+    run_dir = Path(config["training"]["run_dir"])
+    shutil.rmtree(run_dir, ignore_errors=True)  # what a killed process left
+    run = parse_config(config)
+    inputs = load_inputs(run, WORLD_SIZE)
+    folder = RunFolder(run, inputs.schedule, is_writer=True)
+    folder.begin()
+    started = time.process_time()  # others may stop this process for a while
+    backend = StudyBackend(run, inputs, is_probed)
+    trainer = Trainer(run, inputs, backend, folder, inputs.schedule.total_steps)
+    trainer.fit()
+    seconds = time.process_time() - started
+    assert trainer.last_validation is not None
+    result = {
+        "id": study_run.id,
+        **study_run.to_json(),
+        "world_size": WORLD_SIZE,
+        "steps": trainer.step,
+        "tokens": trainer.position.tokens,
+        "loss": trainer.last_validation.loss,
+        "validation_tokens": trainer.last_validation.tokens,
+        "validations": _validations(folder.path),
+        "lam": analyze(inputs.schedule.phases[0].plan).lam,
+        "cost": costs(run, inputs),
+        "alignment": backend.alignment,
+        "seconds": round(seconds, 1),
+        "config": config,
+        **provenance(),
+    }
+    path = result_path(output, study_run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def costs(run: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """Closed forms of a rank: by ZeRO stage memory and bytes sent, and the operations of the run.
+
+    Memory is of the phase and rank that need most, bytes and operations are of all steps, in the
+    mean over the ranks.
+    """
+    size, setup = run_size(run, inputs.model, inputs.batch, "nccl")
+    steps = inputs.schedule.total_steps
+    stages = {}
+    for stage in STAGES:
+        cost = schedule_cost(size, inputs.schedule, replace(setup, stage=stage)).whole
+        memory = asdict(cost.memory) | {"state": cost.memory.model_state}
+        memory["total"] = cost.memory.total
+        stages[str(stage)] = {"memory": memory, "sent": cost.traffic.mean * steps}
+    samples = inputs.batch.global_batch // WORLD_SIZE
+    tokens = steps * samples * inputs.train.sequence_length  # of a rank
+    return {"stages": stages, "flops": cost.compute.mean * tokens, "parameters": size.numel}
+
+
+def _validations(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [entry for entry in map(json.loads, lines) if "validation/loss" in entry]
+    return [{"step": entry["step"], "loss": entry["validation/loss"]} for entry in found]

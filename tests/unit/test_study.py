@@ -1,0 +1,288 @@
+"""What the study of quality plans, counts and concludes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks._study_alignment import alignment, cosine
+from benchmarks._study_cases import DENSE, HALF, KINDS, WORLD_SIZE, Case, Model, Run, size_of
+from benchmarks._study_merged import accumulate
+from benchmarks._study_numbers import difference, fit, mean
+from benchmarks._study_plan import (
+    BASE,
+    GRIDS,
+    LATE,
+    QUESTIONS,
+    STEPS,
+    learning_rate,
+    planned,
+    sweep,
+)
+from benchmarks._study_queue import Settings, missing
+from benchmarks._study_report import gap_trend
+from benchmarks._study_results import Results, best_rates
+from benchmarks._study_rows import dense_of, rows_of, table
+from sdp_llm.config import parse_config, resolve_batch
+from sdp_llm.plan import analyze, make_plan, plan_from_config
+from sdp_llm.simulation import Simulation
+from sdp_llm.training.budget import total_steps
+
+RATES = {(model, family): 0.004 for model in GRIDS for family in (DENSE, HALF)}
+CASES = tuple(dict.fromkeys(case for cases in QUESTIONS.values() for case in cases))
+
+
+def test_every_run_is_listed_once_and_breadth_first() -> None:
+    entries = list(planned(RATES, sorted(QUESTIONS), 3))
+    runs = [entry.run for entry in entries]
+    assert None not in runs
+    ids = [run.id for run in runs if run]
+    assert len(set(ids)) == len(ids) == len(set(runs))
+    assert [entry.seed for entry in entries] == sorted(entry.seed for entry in entries)
+    assert {(entry.case, entry.seed) for entry in entries} >= {
+        (case, seed) for case in CASES for seed in range(3)
+    }
+    first = [entry.case for entry in entries if entry.seed == 0 and entry.question]
+    assert set(CASES) >= LATE
+    assert set(first[-len(LATE) :]) == LATE
+
+
+def test_a_run_waits_for_the_sweep_that_chooses_its_rate() -> None:
+    entries = list(planned({}, [1], 1))
+    assert entries[0].run == sweep(BASE, DENSE)[0]
+    waiting = [entry for entry in entries if entry.run is None]
+    assert Case(BASE, DENSE, STEPS) in [entry.case for entry in waiting]
+    known = list(planned({(BASE, DENSE): 0.008, (BASE, HALF): 0.002}, [1], 1))
+    assert not [entry for entry in known if entry.run is None]
+
+
+def test_models_without_a_sweep_take_the_rate_of_the_base() -> None:
+    rates = {(BASE, DENSE): 0.008, (BASE, HALF): 0.004, (Model(64), DENSE): 0.002}
+    assert learning_rate(Case(Model(32, 5), DENSE, 10), rates) == 0.008
+    assert learning_rate(Case(Model(dropout=0.1), DENSE, 10), rates) == 0.008
+    assert learning_rate(Case(BASE, "backward 1/2", 10), rates) == 0.004
+    assert learning_rate(Case(Model(64), DENSE, 10), rates) == 0.002
+
+
+def test_the_best_rate_is_chosen_from_a_complete_sweep_only() -> None:
+    runs = sweep(BASE, DENSE)
+    losses = {run: {"loss": abs(run.rate - 0.008)} for run in runs}
+    assert best_rates(losses) == {(BASE, DENSE): 0.008}
+    del losses[runs[0]]
+    assert best_rates(losses) == {}
+
+
+def test_equal_flops_are_equal_within_rounding() -> None:
+    for case in CASES:
+        dense = dense_of(case)
+        spent, given = (c.flops_per_token() * c.steps() for c in (case, dense))
+        if case.is_equal_flops:
+            assert abs(spent - given) <= 0.5 * case.flops_per_token() + 1e-6, case
+        else:
+            assert case.steps() == dense.steps(), case
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_a_run_config_with_the_librarys_own_budget(kind: str) -> None:
+    case = Case(BASE, kind, STEPS)
+    config = Run(case, 0.004, 1).config("data", "out")
+    assert config["training"]["steps"] == case.steps()
+    config["training"] = {"flops_of_dense_steps": STEPS}
+    run = parse_config(config)
+    steps = total_steps(run, BASE.config(), resolve_batch(run, WORLD_SIZE), WORLD_SIZE)
+    assert steps == case.steps()
+
+
+def test_runs_survive_their_way_to_another_process() -> None:
+    for case in CASES:
+        run = Run(case, 0.002, 2)
+        assert Run.from_json(run.to_json()) == run
+
+
+def test_the_plans_of_equal_load_differ_in_lambda() -> None:
+    lams = []
+    for kind in (HALF, "forward 1/2, cyclic", "forward 1/2, two halves"):
+        sdp = parse_config({"sdp": dict(KINDS[kind])}).sdp
+        found = analyze(plan_from_config(sdp, WORLD_SIZE, BASE.blocks))
+        assert set(found.load) == {3}
+        lams.append(found.lam)
+    assert lams == sorted(lams)
+    assert lams[0] < 0.4
+    assert lams[-1] == pytest.approx(1.0)
+
+
+def _simulation(coverage: str, masking: str, pinned: int) -> Simulation:
+    plan = make_plan(
+        WORLD_SIZE,
+        4,
+        coverage=Fraction(coverage),
+        pinned_first=pinned,
+        pinned_last=pinned,
+    )
+    config = Model(hidden=16, blocks=4).config()
+    config.vocab_size = 64
+    return Simulation(config, plan, lambda groups: torch.optim.SGD(groups), masking=masking)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "masking", "pinned"),
+    [("1", "forward", 1), ("1/2", "forward", 1), ("1/4", "forward", 0), ("1/2", "backward", 1)],
+)
+def test_workers_in_one_pass_get_the_gradients_of_the_oracle(
+    coverage: str, masking: str, pinned: int
+) -> None:
+    batch = torch.randint(0, 64, (2 * WORLD_SIZE, 9), generator=torch.Generator().manual_seed(0))
+    oracle, merged = (_simulation(coverage, masking, pinned) for _ in range(2))
+    losses = oracle.accumulate(batch, 1)
+    assert accumulate(merged, batch, 1) == [pytest.approx(sum(losses) / WORLD_SIZE, rel=1e-6)]
+    for name, master in oracle.masters.items():
+        found = merged.masters[name].grad
+        assert master.grad is not None
+        assert found is not None
+        assert (found - master.grad).norm() <= 1e-6 * master.grad.norm(), name
+
+
+def test_alignment_leaves_the_simulation_as_it_was() -> None:
+    simulation = _simulation("1/2", "forward", 1)
+    plan, weights = simulation.plan, [m.detach().clone() for m in simulation.masters.values()]
+    tokens = torch.randint(0, 64, (2 * WORLD_SIZE, 9), generator=torch.Generator().manual_seed(0))
+    found = alignment(simulation, tokens, 1)
+    assert (simulation.plan, simulation.masking) == (plan, "forward")
+    for before, master in zip(weights, simulation.masters.values(), strict=True):
+        assert torch.equal(before, master)
+    # Pinned blocks and the rest see every sample through the whole model under backward masking.
+    pinned = [found["backward"]["units"][name] for name in ("embedding", "block 0", "head")]
+    assert pinned == [pytest.approx(1.0, abs=1e-5)] * 3
+    assert found["backward"]["units"]["block 1"] < 0.999
+    assert found["forward"]["units"]["block 0"] < 0.9999
+    assert len(found["forward"]["ranks"]) == WORLD_SIZE
+
+
+def test_the_cosine_of_parts_is_that_of_the_whole() -> None:
+    a, b = torch.arange(1.0, 7.0), torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0, -2.0])
+    parts = [(p @ q, p @ p, q @ q) for p, q in zip(a.split(2), b.split(2), strict=True)]
+    dots = [tuple(float(value) for value in part) for part in parts]
+    assert cosine(dots) == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-6)
+
+
+def test_the_standard_error_is_that_of_the_mean() -> None:
+    found = mean([1.0, 2.0, 4.0])
+    assert found.value == pytest.approx(7 / 3)
+    assert found.error == pytest.approx(math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 6))
+    assert str(mean([2.0])) == "2.000"
+    with pytest.raises(ValueError, match="at least one"):
+        mean([])
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = difference({0: 2.0, 1: 3.0, 2: 9.0}, {0: 1.0, 1: 1.0, 3: 0.0})
+    assert found is not None
+    assert (found.value, found.count) == (pytest.approx(1.5), 2)
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_a_trend_and_its_uncertainty_are_found() -> None:
+    x = [0.0, 1.0, 2.0, 3.0, 4.0]
+    noise = [0.1, -0.2, 0.1, 0.1, -0.1]
+    targets = [1.0 + 0.5 * a + e for a, e in zip(x, noise, strict=True)]
+    found = fit({"1": [1.0] * 5, "x": x}, targets)
+    assert found is not None
+    slope = sum((a - 2) * t for a, t in zip(x, targets, strict=True)) / 10
+    offset = sum(targets) / 5 - 2 * slope
+    left = sum((t - offset - slope * a) ** 2 for a, t in zip(x, targets, strict=True))
+    assert found.values == (pytest.approx(offset), pytest.approx(slope))
+    assert found.errors[1] == pytest.approx(math.sqrt(left / 3 / 10))
+    assert fit({"1": [1.0, 1.0], "x": [0.0, 1.0]}, [1.0, 2.0]) is None
+    assert fit({"1": [1.0] * 3, "x": [2.0] * 3}, [1.0, 2.0, 3.0]) is None
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """A result as training writes it, with a gap that grows by 0.1 with each doubling of tokens."""
+    case = run.case
+    parameters = size_of(case.model).numel
+    gap = 0.0
+    if case.family == HALF:
+        gap = 0.1 * math.log2(dense_of(case).tokens() / parameters)
+    memory = {"state": 2**20, "total": 3 * 2**20}
+    units = {"embedding": 0.5, **{f"block {b}": 0.1 * b for b in range(case.model.blocks)}}
+    probe = {"units": units, "norms": units, "ranks": [0.4, 0.6]}
+    return {
+        "id": run.id,
+        "case": run.to_json()["case"],
+        "loss": 4.0 + gap + 0.01 * run.seed,
+        "steps": case.steps(),
+        "world_size": WORLD_SIZE,
+        "seconds": 100.0,
+        "lam": 0.5,
+        "alignment": [{"step": s, "forward": probe, "backward": probe} for s in (0, 10)],
+        "cost": {
+            "flops": case.flops_per_token() * case.tokens() / WORLD_SIZE,
+            "parameters": parameters,
+            "stages": {str(s): {"memory": memory, "sent": 5 * 2**20} for s in (0, 2)},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    """Of all runs with two seeds, but one."""
+    runs = [entry.run for entry in planned(RATES, sorted(QUESTIONS), 2)]
+    lost = Run(Case(BASE, HALF, STEPS), 0.004, 1)
+    return Results({run: _result(run) for run in runs if run and run != lost}, RATES)
+
+
+def test_only_what_has_no_result_is_missing(results: Results, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, tmp_path, sorted(QUESTIONS), 2, 1)
+    assert [entry.run for entry in missing(settings, results)] == [
+        Run(Case(BASE, HALF, STEPS), 0.004, 1)
+    ]
+
+
+def test_a_row_says_how_many_seeds_it_has_and_pairs_its_gap(results: Results) -> None:
+    dense, half, backward = rows_of(
+        [Case(BASE, kind, STEPS) for kind in (DENSE, HALF, "backward 1/2")], results
+    )
+    assert (dense.loss.count, half.loss.count, backward.loss.count) == (2, 1, 2)
+    assert dense.gap is None
+    assert half.gap is not None
+    assert half.gap.error is None
+    assert backward.gap is not None
+    # Both seeds differ from the dense ones by the same.
+    assert backward.gap.value == pytest.approx(half.gap.value)
+    assert backward.gap.error == pytest.approx(0.0, abs=1e-9)
+    lines = table([dense, half]).splitlines()
+    assert lines[2].split("|")[3].strip() == "1.00"
+    assert lines[3].split("|")[6].strip() == "1"
+
+
+@pytest.mark.slow
+def test_the_report_has_a_page_and_a_picture_for_every_question(
+    results: Results, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks._study_report import write_report
+
+    names = {path.name for path in write_report(results, tmp_path)}
+    assert names >= {f"question_{question}.md" for question in range(1, 10)}
+    assert names >= {f"question_{question}.png" for question in range(2, 10)}
+    assert names >= {"question_1_flops.png", "question_1_steps.png", "learning_rates.md"}
+
+
+def test_the_trend_of_the_gap_is_found(results: Results) -> None:
+    trend = gap_trend(rows_of(QUESTIONS[8], results))
+    assert trend is not None
+    slopes = dict(zip(trend.names, trend.values, strict=True))
+    assert slopes["tokens"] == pytest.approx(0.1)
+    assert slopes["depth"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_report_of_nothing_has_no_questions(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks._study_report import write_report
+
+    assert [p.name for p in write_report(Results({}, {}), tmp_path)] == ["learning_rates.md"]
