@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import make_plan
+from sdp_llm.sharding.collectives import Pending
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import whole
 from tests.distributed.pool import Pool
@@ -306,3 +307,30 @@ def test_training_data_is_split_between_the_ranks(pools: Pools) -> None:
     assert sorted(first[1] + second[1]) == list(range(2 * SAMPLES_PER_RANK))
     assert len(first[1]) == len(second[1])
     assert first[0] == second[0] == 1
+
+
+def most_under_way(case: Case) -> int:
+    """How many reductions were started and not waited for at a time in one backward pass."""
+    engine = build(case)
+    communicator = engine.sharded.communicator
+    counts, start = [0], communicator.reduce_scatter
+
+    def counted(*arguments: Any) -> Any:
+        summands, pending = start(*arguments)
+        counts.append(counts[-1] + 1)
+
+        def wait() -> None:
+            counts.append(counts[-1] - 1)
+            pending.wait()
+
+        return summands, Pending(wait)
+
+    communicator.reduce_scatter = counted  # type: ignore[method-assign]
+    forward_backward(engine, 0)
+    assert counts[-1] == 0
+    return max(counts)
+
+
+@pytest.mark.parametrize("under_way", [1, 3])
+def test_reductions_under_way(under_way: int, pools: Pools) -> None:
+    assert pools(2).run(most_under_way, Case(2, under_way=under_way)) == [under_way] * 2

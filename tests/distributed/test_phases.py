@@ -293,7 +293,7 @@ def test_memory_does_not_grow(pools: Pools) -> None:
 @pytest.mark.parametrize("is_bf16", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_memory_does_not_grow_in_many_changes(stage: int, is_bf16: bool, pools: Pools) -> None:
-    _check_memory(Case(stage=stage, is_bf16=is_bf16), 100, pools)
+    _check_memory(Case(stage=stage, is_bf16=is_bf16), 25, pools)
 
 
 # -- evaluation, export and checkpoints in every phase --------------------------------------------
