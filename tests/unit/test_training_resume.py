@@ -45,6 +45,7 @@ def test_the_same_phases_need_no_word() -> None:
     ("step", "ending"),
     [
         (20, "phase 1 of 3"),
+        (50, "phase 1 of 3, it was in phase 2"),
         (60, "phase 1 of 3, it was in phase 2"),
         (90, "phase 1 of 3, it was in phase 3"),
         (100, "phase 2 of 3, it was in phase 3"),
