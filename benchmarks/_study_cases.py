@@ -111,6 +111,11 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         for share in FINISHES
         for name, phase in (("full", _FULL), ("backward", _BACKWARD))
     },
+    "forward 1/2, scale inverse_coverage": {
+        "coverage": "1/2",
+        "residual_scale": "inverse_coverage",
+    },
+    "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
     "forward 1/2, first 20% full": phases((0.2, _FULL), (1.0, {})),
 }
 

@@ -101,6 +101,8 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
                     for share in (0.5, 0.2, 0.1, 0.05)
                     for name in ("full", "backward")
                 ),
+                "forward 1/2, scale inverse_coverage",
+                "forward 1/2, scale eval",
                 "forward 1/2, first 20% full",
             ]
         )

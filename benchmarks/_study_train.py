@@ -20,7 +20,6 @@ from benchmarks._study_results import result_path
 from sdp_llm.checkpoint.together import replace_text
 from sdp_llm.config import RunConfig, parse_config
 from sdp_llm.data.sampler import validation_samples
-from sdp_llm.evaluation import Evaluation
 from sdp_llm.plan import analyze
 from sdp_llm.plan.schedule_cost import schedule_cost
 from sdp_llm.subnetwork.init import module_seed
@@ -59,12 +58,6 @@ class StudyBackend(SimulationBackend):
             found = alignment(self._simulation, self._probe, 1)
             self.alignment.append({"step": self._steps, **found})
         return super().step(tokens)
-
-    def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
-        self._simulation.model.eval()
-        result = super().evaluate(samples, micro_batch)
-        self._simulation.model.train()
-        return result
 
 
 def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str, Any]:
