@@ -116,7 +116,7 @@ def test_the_plans_of_equal_load_differ_in_lambda() -> None:
     assert lams[-1] == pytest.approx(1.0)
 
 
-def _simulation(coverage: str, masking: str, pinned: int) -> Simulation:
+def _simulation(coverage: str, masking: str, pinned: int, scale: str = "none") -> Simulation:
     plan = make_plan(
         WORLD_SIZE,
         4,
@@ -126,18 +126,29 @@ def _simulation(coverage: str, masking: str, pinned: int) -> Simulation:
     )
     config = Model(hidden=16, blocks=4).config()
     config.vocab_size = 64
-    return Simulation(config, plan, lambda groups: torch.optim.SGD(groups), masking=masking)
+    return Simulation(
+        config,
+        plan,
+        lambda groups: torch.optim.SGD(groups),
+        masking=masking,
+        residual_scale=scale,
+    )
 
 
 @pytest.mark.parametrize(
-    ("coverage", "masking", "pinned"),
-    [("1", "forward", 1), ("1/2", "forward", 1), ("1/4", "forward", 0), ("1/2", "backward", 1)],
+    ("coverage", "masking", "pinned", "scale"),
+    [
+        ("1", "forward", 1, "none"),
+        ("1/2", "forward", 1, "none"),
+        ("1/4", "forward", 0, "inverse_coverage"),
+        ("1/2", "backward", 1, "none"),
+    ],
 )
 def test_workers_in_one_pass_get_the_gradients_of_the_oracle(
-    coverage: str, masking: str, pinned: int
+    coverage: str, masking: str, pinned: int, scale: str
 ) -> None:
     batch = torch.randint(0, 64, (2 * WORLD_SIZE, 9), generator=torch.Generator().manual_seed(0))
-    oracle, merged = (_simulation(coverage, masking, pinned) for _ in range(2))
+    oracle, merged = (_simulation(coverage, masking, pinned, scale) for _ in range(2))
     losses = oracle.accumulate(batch, 1)
     assert accumulate(merged, batch, 1) == [pytest.approx(sum(losses) / WORLD_SIZE, rel=1e-6)]
     for name, master in oracle.masters.items():
