@@ -164,8 +164,8 @@ def seconds_of(case: Case, results: Results) -> float:
 
 def _seconds_per_operation(model: Model, results: Results) -> float:
     found = [
-        result["seconds"] / (result["cost"]["flops"] * result["world_size"])
+        result["cpu_seconds"] / (result["cost"]["flops"] * result["world_size"])
         for run, result in results.by_run.items()
-        if run.case.model.hidden == model.hidden
+        if run.case.model.hidden == model.hidden and "cpu_seconds" in result
     ]
     return median(found) if found else _GUESSES[model.hidden]

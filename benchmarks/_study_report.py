@@ -167,13 +167,16 @@ def _scales(case: Case) -> tuple[float, float, float]:
 
 def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
     name = f"question_{question}.png"
-    pictures.gaps(rows, folder / name)
+    parts = []
+    if any(row.gap for row in rows):
+        pictures.gaps(rows, folder / name)
+        parts.append(f"![gap]({name})")
     extra: dict[str, Callable[[Row], str]] = {
         "model": lambda row: str(row.case.model),
         "batch": lambda row: f"{row.case.tokens_per_step:,}",
         "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost['parameters']:.1f}",
     }
-    parts = [f"![gap]({name})", table(rows, extra)]
+    parts.append(table(rows, extra))
     found = gap_trend(rows)
     if found is not None:
         terms = zip(found.names, found.values, found.errors, strict=True)

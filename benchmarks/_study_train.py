@@ -97,7 +97,7 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
         "lam": analyze(inputs.schedule.phases[0].plan).lam,
         "cost": costs(run, inputs),
         "alignment": backend.alignment,
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
         "config": config,
         **provenance(),
     }

@@ -54,7 +54,8 @@ def one(arguments: argparse.Namespace) -> None:
     study_run = Run.from_json(json.loads(arguments.run))
     is_probed = study_run.case in PROBED
     result = train(study_run, arguments.data, arguments.output, is_probed)
-    print(f"loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s")
+    seconds = result["cpu_seconds"]
+    print(f"loss {result['loss']:.4f} after {result['steps']} steps, {seconds:.0f} s of CPU")
 
 
 def show(arguments: argparse.Namespace) -> None:

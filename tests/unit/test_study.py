@@ -228,7 +228,7 @@ def _result(run: Run) -> dict[str, Any]:
         "loss": 4.0 + gap + 0.01 * run.seed,
         "steps": case.steps(),
         "world_size": WORLD_SIZE,
-        "seconds": 100.0,
+        "cpu_seconds": 100.0,
         "lam": 0.5,
         "alignment": [{"step": s, "forward": probe, "backward": probe} for s in (0, 10)],
         "cost": {
