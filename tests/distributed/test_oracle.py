@@ -45,7 +45,7 @@ def check_against_simulation(case: Case, pool: Pool) -> None:
     for step in range(STEPS):
         plan, masking = schedule.at(step)
         for simulation in (free, same_state):
-            simulation.plan, simulation.masking = plan, masking
+            simulation.change_plan(plan, masking)
         entries = [trace[step] for trace in traces]
         stored = whole([entry["weights"] for entry in entries])
         start, _ = assembled([entry["masters"] for entry in entries], same_state.masters)

@@ -255,6 +255,7 @@ def rotate_often(case: Case, times: int) -> dict[str, Any]:
             graphs.append(summed_loss(engine, my_slice(step)) / 36)
             engine.backward(graphs[-1], scale_wrt_gas=False)
             engine.step()
+    found["changes"] = sum(map(engine.schedule.changes_at, range(1, times + 1)))
     owned = engine.sharded.owned
     assert _units() - others == {id(unit) for unit in engine.sharded.units}
     assert len(engine.basic_optimizer.state) == sum(len(unit.slices) for unit in owned)
@@ -272,7 +273,7 @@ ROTATING = (("sdp", {"owners_per_block": 2, "rotate_every": 1}),)
 
 def _check_memory(case: Case, times: int, pools: Pools) -> None:
     for found in pools(4).run(rotate_often, case.with_(extra=ROTATING), times):
-        assert len(found["alive"]) == times
+        assert len(found["alive"]) == found["changes"] > times / 2
         assert len({*found["hooks"]}) == 1
         assert max(found["beyond"]) <= found["unit"]
         # A scalar here and there: the counts of steps and what Python has not freed yet.
@@ -287,7 +288,7 @@ def test_memory_does_not_grow(pools: Pools) -> None:
 @pytest.mark.parametrize("is_bf16", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_memory_does_not_grow_in_many_changes(stage: int, is_bf16: bool, pools: Pools) -> None:
-    _check_memory(Case(stage=stage, is_bf16=is_bf16), 100, pools)
+    _check_memory(Case(stage=stage, is_bf16=is_bf16), 25, pools)
 
 
 # -- evaluation, export and checkpoints in every phase --------------------------------------------

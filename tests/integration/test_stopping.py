@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.integration.conftest import Tiny, command_environment, execute, script, with_deepspeed
+from tests.integration.test_resume import shards
 
 LONG = 100_000  # steps: it ends because it is asked to
 
@@ -153,6 +154,31 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(tiny: Tiny, tmp_path: Pat
     done = execute(sys.executable, *alone, "training.export=false")
     assert done.status == 0, done.output
     assert f"checkpoints/step-{newest}: step {newest} of" in done.stdout
+
+
+@pytest.mark.slow
+def test_killed_right_after_a_change_of_phase(tiny: Tiny, tmp_path: Path) -> None:
+    """All ranks at once; the run goes on in its second phase, to the same bits at the end."""
+    steps = 200
+    phases = [{"until": 0.5, "rotate_every": 1}, {"until": 1, "masking": "backward"}]
+    options = [f"sdp.schedule={json.dumps(phases)}", "training.save_interval=100"]
+
+    def arguments(name: str) -> list[str | Path]:
+        return [*command(tiny, tmp_path / name, "torchrun", steps), *options]
+
+    run = Started(arguments("killed"), tmp_path / "killed")
+    run.wait_until((tmp_path / "killed" / "checkpoints" / "step-100").exists)
+    for process in [*psutil.Process(run.process.pid).children(recursive=True), run.process]:
+        process.kill()
+    run.process.wait()
+    assert status(run.folder)["state"] == "running", "it was not over yet"
+    again = execute(*arguments("killed"))
+    assert again.status == 0, again.output
+    assert f"checkpoints/step-100: step 100 of {steps}" in again.stdout
+    straight = execute(*arguments("straight"))
+    assert straight.status == 0, straight.output
+    assert shards(tmp_path / "killed") == shards(tmp_path / "straight")
+    assert {*shards(tmp_path / "straight")} == {"step-100", f"step-{steps}"}
 
 
 # -- the second signal ----------------------------------------------------------------------------
