@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sdp_llm.engine import SDPEngine
+from sdp_llm.plan import make_plan
 from sdp_llm.unsupported import UNSUPPORTED
 from tests.distributed.pool import Pool
 from tests.distributed.tiny import Case, build, forward_backward, my_slice
@@ -212,11 +214,13 @@ def test_every_inherited_method_is_in_one_list() -> None:
     assert sum(map(len, lists)) == len(listed), "in two lists"
 
 
-def call_all(folder: str) -> dict[str, str]:
+def call_all(folder: str, is_changed: bool) -> dict[str, str]:
     """Run on a rank: call everything; what went wrong, by name."""
     engine = build(CASE)
     forward_backward(engine, 0)
     engine.step()
+    if is_changed:
+        engine.change_plan(make_plan(2, 6, owners_per_block=1), "backward")
     wrong: dict[str, str] = {}
     for name, expected in VALUES.items():
         found = getattr(engine, name)()
@@ -252,6 +256,10 @@ def _refusal_error(engine: SDPEngine, name: str) -> dict[str, str]:
     return {}
 
 
-def test_inherited_methods_work_or_raise(pools: Callable[[int], Pool], tmp_path: Path) -> None:
-    for wrong in pools(2).run(call_all, str(tmp_path)):
+@pytest.mark.parametrize("is_changed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inherited_methods_work_or_raise(
+    is_changed: bool, pools: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    """Also after a change of plan and masking."""
+    for wrong in pools(2).run(call_all, str(tmp_path), is_changed):
         assert wrong == {}
