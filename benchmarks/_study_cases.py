@@ -79,6 +79,8 @@ _BACKWARD = {"masking": "backward"}
 _FULL = {"coverage": "1"}
 FINISHES = (0.05, 0.1, 0.2, 0.5)  # shares of the run
 ROTATIONS = (1, 50, 500)  # steps
+# The learning rate of the free blocks over that of the shared parameters, by name of the kind.
+FREE_RATES = {f"forward 1/2, free blocks' rate x {factor:g}": factor for factor in (0.5, 2.0)}
 # By name: the `sdp` section, without the seed.
 KINDS: Mapping[str, Mapping[str, Any]] = {
     DENSE: {"coverage": "1"},
@@ -117,6 +119,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     },
     "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
     "forward 1/2, first 20% full": phases((0.2, _FULL), (1.0, {})),
+    **{name: {"coverage": "1/2"} for name in FREE_RATES},
 }
 
 

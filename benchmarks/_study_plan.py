@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from benchmarks._study_cases import DENSE, HALF, Case, Model, Run
+from benchmarks._study_cases import DENSE, FREE_RATES, HALF, Case, Model, Run
 
 BASE = Model()
 STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block parameter
@@ -104,6 +104,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
                 "forward 1/2, scale inverse_coverage",
                 "forward 1/2, scale eval",
                 "forward 1/2, first 20% full",
+                *FREE_RATES,
             ]
         )
     ),

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from benchmarks._record import provenance
 from benchmarks._study_alignment import alignment
-from benchmarks._study_cases import WORLD_SIZE, Run
+from benchmarks._study_cases import FREE_RATES, WORLD_SIZE, Run
 from benchmarks._study_merged import accumulate
 from benchmarks._study_results import result_path
 from sdp_llm.checkpoint.together import replace_text
 from sdp_llm.config import RunConfig, parse_config
 from sdp_llm.data.sampler import validation_samples
+from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.plan import analyze
 from sdp_llm.plan.schedule_cost import schedule_cost
 from sdp_llm.subnetwork.init import module_seed
@@ -53,6 +54,26 @@ class StudyBackend(SimulationBackend):
         usable = len(indices) // WORLD_SIZE * WORLD_SIZE
         self._probe = torch.from_numpy(inputs.validation.batch(indices[:usable]))
 
+    def rescale_free_blocks(self, run: RunConfig, factor: float) -> None:
+        """Begin anew with an optimizer whose learning rate for free blocks is ``factor`` times."""
+        simulation = self._simulation
+        plan = simulation.plan
+        free = {
+            simulation.masters[spec.name]
+            for unit in simulation.layout.units
+            if unit.block is not None and len(plan.owner_sets[unit.block]) < plan.world_size
+            for spec in unit.parameters
+        }
+        groups = []
+        for group in simulation.optimizer.param_groups:
+            for is_free in (False, True):
+                chosen = [p for p in group["params"] if (p in free) == is_free]
+                rate = simulation.optimizer.defaults["lr"] * (factor if is_free else 1.0)
+                groups.append({"params": chosen, "weight_decay": group["weight_decay"], "lr": rate})
+        simulation.optimizer = build_optimizer(run, groups)
+        total_steps = self._schedule.total_steps
+        self._scheduler = build_scheduler(run, simulation.optimizer, total_steps)
+
     def step(self, tokens: Tensor) -> Step:
         if self._interval and self._steps % self._interval == 0:
             found = alignment(self._simulation, self._probe, 1)
@@ -81,6 +102,8 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
     folder.begin()
     started = time.process_time()  # others may stop this process for a while
     backend = StudyBackend(run, inputs, is_probed)
+    if case.kind in FREE_RATES:
+        backend.rescale_free_blocks(run, FREE_RATES[case.kind])
     trainer = Trainer(run, inputs, backend, folder, inputs.schedule.total_steps)
     trainer.fit()
     seconds = time.process_time() - started

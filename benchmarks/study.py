@@ -9,7 +9,8 @@ python benchmarks/study.py report --output runs/study
 `run` trains what is missing, one process per run, and may be killed and started again; a file
 named `stop` in the output folder lets it end after the runs that are under way. Each run takes
 the way of launch/simulate.py, with all workers in one pass, and its `runs/ID/config.json` trains
-there again: launch/simulate.py --deepspeed_config FILE --world_size 8 --set training.run_dir=NEW.
+there again: launch/simulate.py --deepspeed_config FILE --world_size 8 --set training.run_dir=NEW
+(but for another learning rate of free blocks, which only the study knows).
 """
 
 from __future__ import annotations

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from benchmarks._study_alignment import alignment, cosine
-from benchmarks._study_cases import DENSE, HALF, KINDS, WORLD_SIZE, Case, Model, Run, size_of
+from benchmarks._study_cases import (
+    DENSE,
+    HALF,
+    KINDS,
+    SEQUENCE_LENGTH,
+    WORLD_SIZE,
+    Case,
+    Model,
+    Run,
+    size_of,
+)
 from benchmarks._study_merged import accumulate
 from benchmarks._study_numbers import difference, fit, mean
 from benchmarks._study_plan import (
@@ -28,10 +38,13 @@ from benchmarks._study_queue import Settings, missing
 from benchmarks._study_report import gap_trend
 from benchmarks._study_results import Results, best_rates
 from benchmarks._study_rows import dense_of, rows_of, table
+from benchmarks._study_train import StudyBackend
 from sdp_llm.config import parse_config, resolve_batch
+from sdp_llm.data import IndexedDatasetWriter
 from sdp_llm.plan import analyze, make_plan, plan_from_config
 from sdp_llm.simulation import Simulation
 from sdp_llm.training.budget import total_steps
+from sdp_llm.training.inputs import load_inputs
 
 RATES = {(model, family): 0.004 for model in GRIDS for family in (DENSE, HALF)}
 CASES = tuple(dict.fromkeys(case for cases in QUESTIONS.values() for case in cases))
@@ -102,6 +115,29 @@ def test_runs_survive_their_way_to_another_process() -> None:
     for case in CASES:
         run = Run(case, 0.002, 2)
         assert Run.from_json(run.to_json()) == run
+
+
+def test_the_rate_of_free_blocks_is_theirs_alone(tmp_path: Path) -> None:
+    kind = "forward 1/2, free blocks' rate x 2"
+    for split in ("train", "validation"):
+        with IndexedDatasetWriter(tmp_path / f"{split}_text_document", "uint16") as writer:
+            writer.add_document([1] * (WORLD_SIZE * SEQUENCE_LENGTH + 1))
+    config = Run(Case(BASE, kind, 20), 0.004, 0).config(str(tmp_path), str(tmp_path))
+    model = tmp_path / "models" / f"{BASE}.json"
+    model.parent.mkdir()
+    model.write_text(BASE.config().to_json_string())
+    run = parse_config(config)
+    backend = StudyBackend(run, load_inputs(run, WORLD_SIZE), is_probed=False)
+    backend.rescale_free_blocks(run, 2.0)
+    for _ in range(3):
+        backend.step(torch.ones(WORLD_SIZE, SEQUENCE_LENGTH + 1, dtype=torch.long))
+    simulation = backend._simulation
+    rates = {p: group["lr"] for group in simulation.optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(simulation.masters.values())
+    for unit in simulation.layout.units:
+        is_free = unit.block not in (None, 0, BASE.blocks - 1)
+        for spec in unit.parameters:
+            assert rates[simulation.masters[spec.name]] == backend.lr * (2 if is_free else 1)
 
 
 def test_the_plans_of_equal_load_differ_in_lambda() -> None:
