@@ -118,6 +118,15 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         "residual_scale": "inverse_coverage",
     },
     "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
+    **{
+        f"forward 1/2, rotated every {steps}, last {share:.0%} full": phases(
+            (1 - share, {"rotate_every": steps}), (1.0, _FULL)
+        )
+        for steps, share in ((50, 0.5), (50, 0.2), (1, 0.5))
+    },
+    "forward 1/4, 1/2, full, a third each": phases(
+        (0.333, {"coverage": "1/4"}), (0.667, {}), (1.0, _FULL)
+    ),
     "forward 1/2, first 20% full": phases((0.2, _FULL), (1.0, {})),
     **{name: {"coverage": "1/2"} for name in FREE_RATES},
 }

@@ -136,14 +136,25 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         )
         for kind in (DENSE, HALF)
     ),
+    9: tuple(
+        _at(
+            [
+                "forward 1/2, rotated every 50, last 50% full",
+                "forward 1/4, 1/2, full, a third each",
+                "forward 1/2, rotated every 50, last 20% full",
+                "forward 1/2, rotated every 1, last 50% full",
+            ]
+        )
+    ),
 }
 PROBED = frozenset(QUESTIONS[7])
 # What the defaults hang on: trained with every seed before anything else.
 FIRST = frozenset(
     (
-        *_at([DENSE, HALF, "forward 3/4", "forward 1/4", "backward 1/2", "forward 1/2, no pins"]),
+        *_at([DENSE, HALF, "forward 1/4", "backward 1/2", "forward 1/2, no pins"]),
         *_at([f"forward 1/2, last 50% {name}" for name in ("full", "backward")]),
-        *_at(["forward 1/2, rotated every 1", "forward 1/2, scale inverse_coverage"]),
+        *_at(["forward 1/2, rotated every 1", "forward 1/2, rotated every 50, last 50% full"]),
+        *_at(["forward 1/4, 1/2, full, a third each"]),
         _smaller(5),
     )
 )

@@ -14,6 +14,7 @@ from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, sweep
 from benchmarks._study_results import Results
 from benchmarks._study_rows import Row, dense_of, rows_of, table
 
+FRONT = 9  # the question that all runs of the base model answer together
 _ABOUT = (
     "Whole-model validation loss in nats per token, mean and standard error over seeds; the gap "
     "is paired by seed with the dense model at the same budget. FLOPs in those of the dense base "
@@ -29,7 +30,8 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(folder / "learning_rates.md", _rates_page(results))]
-    for question, cases in QUESTIONS.items():
+    for question in sorted(QUESTIONS.keys() - {FRONT}):
+        cases = QUESTIONS[question]
         rows = rows_of(cases, results)
         if not rows:
             continue
@@ -38,10 +40,11 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     every = dict.fromkeys(case for cases in QUESTIONS.values() for case in cases)
     rows = rows_of((case for case in every if _is_on_front(case)), results)
     if rows:
-        pictures.fronts(rows, folder / "question_9.png")
+        name = f"question_{FRONT}"
+        pictures.fronts(rows, folder / f"{name}.png")
         rows = sorted(rows, key=lambda row: row.loss.value)
-        page = [_ABOUT, "![front](question_9.png)", table(rows)]
-        written.append(_write(folder / "question_9.md", "\n\n".join(page)))
+        page = [_ABOUT, f"![front]({name}.png)", table(rows)]
+        written.append(_write(folder / f"{name}.md", "\n\n".join(page)))
     return [*written, *sorted(folder.glob("*.png"))]
 
 

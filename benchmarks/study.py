@@ -32,8 +32,8 @@ from sdp_llm.errors import ConfigError
 from sdp_llm.training.environment import prepare
 from sdp_llm.training.progress import duration
 
-# What tells most comes first; 9 needs no runs of its own.
-ORDER = (1, 5, 2, 8, 3, 4, 6, 7)
+# What tells most comes first.
+ORDER = (1, 5, 2, 9, 8, 3, 4, 6, 7)
 
 
 def run(arguments: argparse.Namespace) -> None:
