@@ -11,7 +11,7 @@ from benchmarks._record import markdown_table
 from benchmarks._study_cases import DENSE, HALF, Case, size_of
 from benchmarks._study_numbers import Fit, fit, mean
 from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, sweep
-from benchmarks._study_results import Results
+from benchmarks._study_results import TOGETHER, Results, write_together
 from benchmarks._study_rows import Row, dense_of, rows_of, table
 
 FRONT = 9  # the question that all runs of the base model answer together
@@ -24,7 +24,7 @@ _ABOUT = (
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
-    """Write a page and a picture for every question that has results.
+    """Write a page and a picture for every question that has results, and all runs in one file.
 
     :returns: the files.
     """
@@ -45,7 +45,8 @@ def write_report(results: Results, folder: Path) -> list[Path]:
         rows = sorted(rows, key=lambda row: row.loss.value)
         page = [_ABOUT, f"![front]({name}.png)", table(rows)]
         written.append(_write(folder / f"{name}.md", "\n\n".join(page)))
-    return [*written, *sorted(folder.glob("*.png"))]
+    write_together(results, folder / TOGETHER)
+    return [*written, *sorted(folder.glob("*.png")), folder / TOGETHER]
 
 
 def _write(path: Path, text: str) -> Path:

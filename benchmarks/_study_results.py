@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks._study_cases import DENSE, HALF, KINDS, Case, Run
 from benchmarks._study_plan import GRIDS, Rates, learning_rate, sweep
 
+TOGETHER = "runs.jsonl"
+
 
 def result_path(output: Path, run: Run) -> Path:
     """Where the result of a run is."""
@@ -37,14 +39,33 @@ class Results:
 
 
 def read_results(output: Path) -> Results:
-    """Read the results in the folder of a study; what is of other runs than today's is left out."""
+    """Read the results in the folder of a study; what is of other runs than today's is left out.
+
+    They are in files of their own, or together in a ``runs.jsonl``; the former count where a run
+    is in both.
+    """
+    texts: list[str] = []
+    if (output / TOGETHER).exists():
+        texts += (output / TOGETHER).read_text(encoding="utf-8").splitlines()
+    texts += [path.read_text(encoding="utf-8") for path in sorted(output.glob("results/*.json"))]
     by_run = {}
-    for path in sorted(output.glob("results/*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for text in texts:
+        result = json.loads(text)
         run = Run.from_json(result)
         if run.case.kind in KINDS and run.id == result["id"]:
             by_run[run] = result
     return Results(by_run, best_rates(by_run))
+
+
+def write_together(results: Results, path: Path) -> None:
+    """Write the results into one file, a line each, without the paths of where they were made."""
+    lines = []
+    for run, result in sorted(results.by_run.items(), key=lambda entry: entry[0].id):
+        command = "python benchmarks/study.py one --data DATA --output OUTPUT --run '{}'"
+        kept = {key: value for key, value in result.items() if key != "config"}
+        kept["command"] = command.format(json.dumps(run.to_json()))
+        lines.append(json.dumps(kept) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def best_rates(by_run: Mapping[Run, Mapping[str, Any]]) -> Rates:

@@ -4,13 +4,14 @@ python data_prep/train_tokenizer.py --input FINEWEB.parquet --vocab_size 2048 --
 python data_prep/tokenize_fineweb.py --source FINEWEB.parquet --tokenizer TOKENIZER \
     --output DIR --validation_fraction 0.05
 python benchmarks/study.py run --data DIR --output runs/study
-python benchmarks/study.py report --output runs/study
+python benchmarks/study.py report --output runs/study --pages docs/study
 
 `run` trains what is missing, one process per run, and may be killed and started again; a file
 named `stop` in the output folder lets it end after the runs that are under way. Each run takes
 the way of launch/simulate.py, with all workers in one pass, and its `runs/ID/config.json` trains
 there again: launch/simulate.py --deepspeed_config FILE --world_size 8 --set training.run_dir=NEW
-(but for another learning rate of free blocks, which only the study knows).
+(but for another learning rate of free blocks, which only the study knows). `report` also writes
+all runs into one file, runs.jsonl; in the folder of a study it stands for the runs.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write tables and pictures of the results that are there."""
     from benchmarks._study_report import write_report
 
-    for path in write_report(read_results(arguments.output), arguments.output / "report"):
+    for path in write_report(read_results(arguments.output), arguments.pages):
         print(path)
 
 
@@ -112,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(action=action)
         add = command.add_argument
         add("--output", type=Path, required=True, help="folder of the study")
-        if name != "report":
+        if name == "report":
+            add("--pages", type=Path, required=True, help="folder that is written")
+        else:
             add("--data", type=Path, required=True, help="folder of the tokenized corpus")
         if name == "one":
             add("--run", required=True, help="JSON, as the queue gives it")

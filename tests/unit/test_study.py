@@ -38,7 +38,13 @@ from benchmarks._study_plan import (
 )
 from benchmarks._study_queue import Settings, missing
 from benchmarks._study_report import gap_trend
-from benchmarks._study_results import Results, best_rates
+from benchmarks._study_results import (
+    TOGETHER,
+    Results,
+    best_rates,
+    read_results,
+    write_together,
+)
 from benchmarks._study_rows import dense_of, rows_of, table
 from benchmarks._study_train import StudyBackend
 from sdp_llm.config import parse_config, resolve_batch
@@ -262,7 +268,8 @@ def _result(run: Run) -> dict[str, Any]:
     probe = {"units": units, "norms": units, "ranks": [0.4, 0.6]}
     return {
         "id": run.id,
-        "case": run.to_json()["case"],
+        **run.to_json(),
+        "config": run.config("/data", "/output"),
         "loss": 4.0 + gap + 0.01 * run.seed,
         "steps": case.steps(),
         "world_size": WORLD_SIZE,
@@ -309,6 +316,16 @@ def test_a_row_says_how_many_seeds_it_has_and_pairs_its_gap(results: Results) ->
     assert lines[3].split("|")[6].strip() == "1"
 
 
+def test_runs_in_one_file_are_results_again(results: Results, tmp_path: Path) -> None:
+    write_together(results, tmp_path / TOGETHER)
+    assert str(tmp_path) not in (tmp_path / TOGETHER).read_text()
+    found = read_results(tmp_path)
+    assert found.by_run.keys() == results.by_run.keys()
+    run = Run(Case(BASE, DENSE, STEPS), 0.004, 0)
+    assert found.by_run[run]["loss"] == results.by_run[run]["loss"]
+    assert "config" not in found.by_run[run]
+
+
 @pytest.mark.slow
 def test_the_report_has_a_page_and_a_picture_for_every_question(
     results: Results, tmp_path: Path
@@ -334,4 +351,5 @@ def test_a_report_of_nothing_has_no_questions(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks._study_report import write_report
 
-    assert [p.name for p in write_report(Results({}, {}), tmp_path)] == ["learning_rates.md"]
+    names = [path.name for path in write_report(Results({}, {}), tmp_path)]
+    assert names == ["learning_rates.md", TOGETHER]
