@@ -74,7 +74,7 @@ bench: $(VENV)/.plots
 	$(BIN)/python benchmarks/step_time.py --model $(MODELS)10m.json --systems ddp sdp:1 --rounds 25 --steps 2 --output docs/results/step_time_pair_10m.json
 	$(BIN)/python benchmarks/collectives.py --output docs/results/collectives.json
 	$(BIN)/python benchmarks/overlap.py --model $(MODELS)10m.json --output docs/results/overlap_10m.json
-	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)134m.json --sequence_length 4 --gbits 1 --steps 2 --rounds 3 --systems ddp zero2 zero3 fsdp2 sdp:1/2:forward:2 sdp:1:forward:2 --output docs/results/slow_network_134m.json
+	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)134m.json --sequence_length 4 --gbits 1 --steps 2 --rounds 3 --systems ddp zero2 zero3 fsdp2 sdp:1/2:forward:2 sdp:1/2:forward:2:8 sdp:1:forward:2 --output docs/results/slow_network_134m.json
 	$(BIN)/python benchmarks/slow_network.py --model $(MODELS)10m.json --no-bf16 --rounds 2 --systems ddp zero2 zero3 fsdp2 sdp:1/2:forward:2 sdp:1/2:forward:2:8 sdp:1/2:backward:2:8 --output docs/results/slow_network_10m.json
 	$(BIN)/python benchmarks/mfu.py --models $(MODELS)10m.json --output docs/results/mfu_cpu.json
 	$(BIN)/python benchmarks/compare.py --model $(MODELS)60m.json --output docs/results/compare_60m.json

@@ -37,9 +37,17 @@ def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of this source tree, with ``-dirty`` for changed files; None outside git.
 
-    It is that of the first call: what a benchmark writes may be tracked files too.
+    What benchmarks write into ``docs`` is no change of the source.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    head = _git("rev-parse", "HEAD")
+    if changed is None or head is None:
+        return None
+    return head + "-dirty" * bool(changed)
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
