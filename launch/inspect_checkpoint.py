@@ -14,8 +14,13 @@ def main(arguments: argparse.Namespace) -> int:
     """Parse, read, print."""
     from sdp_llm.checkpoint.find import find_checkpoint
     from sdp_llm.checkpoint.inspection import inspect_checkpoint
+    from sdp_llm.training.status import describe_status, read_status
 
-    found = inspect_checkpoint(find_checkpoint(Path(arguments.checkpoint)))
+    folder = Path(arguments.checkpoint)
+    found = inspect_checkpoint(find_checkpoint(folder))
+    run = describe_status(read_status(folder))
+    if run:
+        print(f"{'run':<12}  {run}")
     print(found.report)
     for problem in found.problems:
         print(f"inspect_checkpoint: error: {problem}", file=sys.stderr)

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 from sdp_llm.cli import config_of, config_parser, run_command, until_checked
 from sdp_llm.training.signals import StopRequest
@@ -31,18 +32,29 @@ def pretrain(arguments: argparse.Namespace) -> None:
         inputs = load_inputs(run, world_size, int(os.environ.get("RANK", "0")))
 
         from sdp_llm.distributed import init_distributed
+        from sdp_llm.rendezvous import meet
+        from sdp_llm.training.agreement import agree_on_start, facts_of
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
+        from sdp_llm.training.watchdog import Watchdog
 
-    init_distributed(timedelta(minutes=run.training.timeout_minutes))
-    stop.hear_sigterm()
-    is_writer = os.environ["RANK"] == "0"
-    folder = RunFolder(run, inputs.schedule, is_writer, resume=arguments.resume)
-    backend = EngineBackend(run, inputs, stop.is_set)
-    train(run, inputs, backend, folder, arguments.resume)
-    stop.settle()
-    shut_down()
+    assert run.training.run_dir is not None
+    patience = timedelta(seconds=run.training.step_timeout)
+    store = meet(patience)
+    rank = int(os.environ["RANK"])
+    facts = facts_of(run, inputs, arguments.resume)
+    processes = agree_on_start(store, rank, world_size, facts, patience)
+    with Watchdog(
+        run.training.step_timeout, rank, processes, Path(run.training.run_dir)
+    ) as watchdog:
+        init_distributed(timedelta(minutes=run.training.timeout_minutes))
+        stop.hear_sigterm()
+        folder = RunFolder(run, inputs.schedule, rank == 0, resume=arguments.resume)
+        backend = EngineBackend(run, inputs, stop.is_set)
+        train(run, inputs, backend, folder, arguments.resume, watchdog)
+        stop.settle()
+        shut_down()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdp_llm.config import RunConfig, load_config
-from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
 
 # Launchers look at their ranks about once per second and send SIGTERM to all as soon as one has
 # failed. Ranks that start together differ by less than this in when they reach a line of code.
 GRACE_S = 2.0
+
+# What a process returns; what is not here has a traceback and returns 1.
+STATUS = {ConfigError: 2, TrainingStopped: 3, RankLost: 4}
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -74,25 +77,32 @@ def run_command(
 ) -> int:
     """Run a command; wrong input becomes one line on stderr.
 
-    :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 130 when it
-        was interrupted.
+    :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 4 when another
+        rank hangs or is lost, 130 when it was interrupted.
     """
     try:
         run(arguments)
-    except (ConfigError, TrainingStopped) as error:
+    except tuple(STATUS) as error:
         if arguments.debug:
             raise
-        # Every rank prints: on a cluster each may have a log of its own, and the input may be wrong
-        # on one machine only.
-        rank = os.environ.get("RANK")
-        where = f" [rank {rank}]" if rank is not None else ""
-        # One write: print would write the end of the line by itself, between other ranks' lines.
-        sys.stderr.write(f"{name}: error:{where} {error}\n")
-        sys.stderr.flush()
+        say_error(name, error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             time.sleep(GRACE_S)
-        return 2 if isinstance(error, ConfigError) else 3
+        return next(status for kind, status in STATUS.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def say_error(name: str, reason: object) -> None:
+    """The line by which a command fails.
+
+    Every rank prints: on a cluster each may have a log of its own, and the input may be wrong on
+    one machine only.
+    """
+    rank = os.environ.get("RANK")
+    where = f" [rank {rank}]" if rank is not None else ""
+    # One write: print would write the end of the line by itself, between other ranks' lines.
+    sys.stderr.write(f"{name}: error:{where} {reason}\n")
+    sys.stderr.flush()

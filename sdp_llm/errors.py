@@ -15,6 +15,13 @@ class DamagedCheckpoint(ConfigError):
     """A folder that is no complete checkpoint, or not what was saved: another one may be fine."""
 
 
+class RankLost(RuntimeError):
+    """Another rank hangs, failed or is gone; the one-line message names it.
+
+    Entry points exit with status 4, as a rank does that its watchdog ends.
+    """
+
+
 class Interrupted(RuntimeError):
     """All ranks agreed to stop what they were doing together."""
 

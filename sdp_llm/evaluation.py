@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.errors import Interrupted
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.sharding.collectives import Communicator
@@ -66,7 +67,8 @@ class StreamedBlock(nn.Module):
             numel = -(-layout.numel // len(owners)) * len(owners)
             flat = self._like.new_empty(numel)
             assert dist.group.WORLD is not None
-            self._communicator.deliver(flat, owners, dist.group.WORLD).wait()
+            with ACTIVITY.waiting(f"weights of {layout.name}", owners):
+                self._communicator.deliver(flat, owners, dist.group.WORLD).wait()
             start = 0
             for spec in layout.parameters:
                 local_name = spec.name.removeprefix(self._prefix)
@@ -132,7 +134,8 @@ class _Sender:
         world = dist.group.WORLD
         for unit in self._units:
             if world is not None and len(unit.owners) < world.size():
-                self._communicator.deliver(unit.flat, unit.owners, world).wait()
+                with ACTIVITY.waiting(f"the ranks without {unit.layout.name}"):
+                    self._communicator.deliver(unit.flat, unit.owners, world).wait()
 
 
 @torch.no_grad()
@@ -157,9 +160,11 @@ def evaluate(
     rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     if dist.get_world_size() > 1:
-        dist.all_reduce(rounds, dist.ReduceOp.MAX)
+        with ACTIVITY.waiting("start of the validation"):
+            dist.all_reduce(rounds, dist.ReduceOp.MAX)
     with whole_model(sharded) as model:
         for i in range(int(rounds)):
+            ACTIVITY.beat()
             if must_stop is not None and must_stop():
                 raise Interrupted("evaluation")
             part = samples[i * micro_batch : (i + 1) * micro_batch].to(device)
@@ -169,7 +174,8 @@ def evaluate(
                 continue
             total[0] += summed_loss(model, part, eos_id).double()
             total[1] += target_count(part)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    loss, tokens = total.tolist()
+    with ACTIVITY.waiting("validation loss"):
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        loss, tokens = total.tolist()
     return Evaluation(loss / tokens, int(tokens))

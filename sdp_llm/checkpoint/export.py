@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.checkpoint.stream import read_header
 from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together, written
 from sdp_llm.sharding.materialize import ShardedModel
@@ -72,6 +73,7 @@ def export_pretrained(
             path = partial / f"model-{subnetwork.rank:05d}-{i:05d}.safetensors"
             save_file(tensors, path, metadata={"format": "pt"})
             files.append(written(path))
+            ACTIVITY.beat()
         return files
 
     def finish(partial: Path, files: list[WrittenFile]) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.checkpoint.coverage import (
     CUDA_RNG,
     MASTER,
@@ -92,6 +93,7 @@ class CheckpointReader:
             raise _damaged(self.folder, problem)
         files = self.manifest["files"]
         for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))[part::parts]:
+            ACTIVITY.beat()
             path = self.folder / name
             try:
                 size = path.stat().st_size
@@ -124,6 +126,7 @@ class CheckpointReader:
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a flattened tensor, 1-D; or its one value, 0-D."""
+        ACTIVITY.beat()
         parts = []
         for part in self.ranges[kind, name]:
             low, high = max(start, part.start), min(stop, part.stop)

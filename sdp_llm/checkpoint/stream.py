@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.checkpoint.together import WrittenFile
 
 _DTYPES = {
@@ -77,6 +78,7 @@ def write_stream(
         for content in chain([start], map(_bytes, contents)):
             digest.update(content)
             file.write(content)
+            ACTIVITY.beat()
         file.flush()
         os.fsync(file.fileno())
     return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.errors import ConfigError
 
 # <fcntl.h> and <linux/fs.h>
@@ -94,7 +95,8 @@ def agree(step: Callable[[], Any]) -> list[Any]:
         outcomes: list[Any] = [(result, failure)]
     else:
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure))
+        with ACTIVITY.waiting("agreement"):
+            dist.all_gather_object(outcomes, (result, failure))
     for rank, (_, reason) in enumerate(outcomes):
         if reason is not None:
             raise type(reason)(f"rank {rank}: {reason}")

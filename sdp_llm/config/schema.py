@@ -133,6 +133,13 @@ class TrainingConfig:
     )
     export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
     decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
+    step_timeout: int = key(
+        POSITIVE,
+        "seconds without the end of a step until the run ends and names the rank that hangs; three "
+        "times as many for the first step; each forward pass of a validation, and each tensor that "
+        "is written or read, counts as a step",
+        600,
+    )
     timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)
     max_skipped_steps: int = key(
         POSITIVE, "steps in a row with non-finite gradients until training stops", 20

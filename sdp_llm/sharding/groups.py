@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.errors import ConfigError
 
 OwnerGroups = dict[tuple[int, ...], dist.ProcessGroup | None]
@@ -28,7 +29,9 @@ def create_owner_groups(
         elif len(owners) == dist.get_world_size():
             groups[owners] = dist.group.WORLD
         else:
-            groups[owners] = dist.new_group(list(owners), timeout=timeout)
+            with ACTIVITY.waiting(f"process group of ranks {list(owners)}"):
+                groups[owners] = dist.new_group(list(owners), timeout=timeout)
+            ACTIVITY.beat()
 
 
 def check_agreement(what: str, fingerprint: str) -> None:
@@ -37,7 +40,8 @@ def check_agreement(what: str, fingerprint: str) -> None:
     :raises ConfigError: on every rank, naming the ranks that differ from rank 0.
     """
     found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, fingerprint)
+    with ACTIVITY.waiting("agreement"):
+        dist.all_gather_object(found, fingerprint)
     different = [rank for rank, value in enumerate(found) if value != found[0]]
     if different:
         raise ConfigError(

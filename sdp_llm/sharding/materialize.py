@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.sharding.arrival import wait_before_use
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.groups import OwnerGroups, create_owner_groups
@@ -96,6 +97,7 @@ def materialize(
             )
             bind(subnetwork.model, unit.views(), subnetwork.layout.aliases)
             units.append(unit)
+        ACTIVITY.beat()
         del values  # before the next unit's are drawn
     if subnetwork.given is not None:
         subnetwork.given.clear()
@@ -126,5 +128,6 @@ def _adopt_lowest_rank(
         return
     for value in values.values():
         travelling = value.to(device)
-        dist.broadcast(travelling, holders[0], group=group)
+        with ACTIVITY.waiting("initial values", holders):
+            dist.broadcast(travelling, holders[0], group=group)
         value.copy_(travelling)

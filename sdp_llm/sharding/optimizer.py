@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY, OPTIMIZER
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.unit import Unit
 
@@ -112,8 +113,10 @@ class ShardedOptimizer:
 
         ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
         """
+        ACTIVITY.enter(OPTIMIZER)
         shards = [unit.shard_grad for unit in self.owned]
-        norm, self.flag_counts = global_norm(shards, self._world, self.flags())
+        with ACTIVITY.waiting("gradient norm"):
+            norm, self.flag_counts = global_norm(shards, self._world, self.flags())
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
         if self.overflow:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.checkpoint.coverage import MASTER
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.move import Move, optimised_bounds, transfers
@@ -148,7 +149,9 @@ def exchange(
                 elif new[spec.name] is not held[spec.name]:
                     source = held[spec.name].part(kind, start, stop)
                     new[spec.name].part(kind, start, stop).copy_(source)
-    communicator.transfer(operations).wait()
+    with ACTIVITY.waiting(f"new owners of {layout.name}", sorted({*move.old, *move.new})):
+        communicator.transfer(operations).wait()
+    ACTIVITY.beat()
     return new
 
 

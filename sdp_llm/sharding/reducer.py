@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sdp_llm.activity import ACTIVITY, REDUCE
 from sdp_llm.sharding.buffers import Buffers
 from sdp_llm.sharding.collectives import Communicator, Pending
 from sdp_llm.sharding.cursor import LaunchCursor
@@ -77,6 +78,7 @@ class GradientReducer:
     def finish(self) -> None:
         """End the backward pass; missing gradients count as zeros."""
         if self._is_active and self._is_reducing:
+            ACTIVITY.enter(REDUCE)
             for u in self._cursor.finish():
                 self._launch(u)
             self._leave_under_way(0)
@@ -150,7 +152,8 @@ class GradientReducer:
         summands: Sequence[Tensor],
         pending: Pending,
     ) -> None:
-        pending.wait()
+        with ACTIVITY.waiting(f"gradient of {unit.layout.name}", unit.owners):
+            pending.wait()
         own, share = unit.shard_grad, 1 / len(unit.owners)
         if self._stage == 2:
             for summand in summands:
@@ -167,5 +170,6 @@ class GradientReducer:
         if self._stage == 0:
             assert unit.group is not None
             full = unit.grad.to(self._communicator.dtype)
-            self._communicator.all_gather(full, unit.group).wait()
+            with ACTIVITY.waiting(f"gradient of {unit.layout.name}", unit.owners):
+                self._communicator.all_gather(full, unit.group).wait()
             unit.grad.copy_(full)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.sharding.collectives import Pending
 from sdp_llm.subnetwork.adapter import UnitLayout
 
@@ -99,7 +100,8 @@ class Unit:
     def wait(self) -> None:
         """Return when the weights may be used by what is computed next."""
         while self._arriving:
-            self._arriving.pop(0).wait()
+            with ACTIVITY.waiting(f"weights of {self.layout.name}", self.owners):
+                self._arriving.pop(0).wait()
 
     def release(self) -> None:
         """Give up the storage, whoever still knows this unit; it is of no use any more."""

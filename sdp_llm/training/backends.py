@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY, COMPUTE, EXPORT, LOAD
 from sdp_llm.checkpoint.background import BackgroundSave
 from sdp_llm.checkpoint.export import copy_tokenizer
 from sdp_llm.config import RunConfig
@@ -108,6 +109,7 @@ class EngineBackend:
         targets = target_count(tokens)
         total = torch.zeros(1, device=engine.device)
         for part in tokens.split(engine.train_micro_batch_size_per_gpu()):
+            ACTIVITY.enter(COMPUTE)
             loss = summed_loss(engine, part, self._eos_id) / targets
             engine.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
@@ -125,9 +127,10 @@ class EngineBackend:
 
     def must_stop(self) -> bool:
         flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
-        if self.world_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        with ACTIVITY.waiting("request to stop"):
+            if self.world_size > 1:
+                dist.all_reduce(flag, dist.ReduceOp.MAX)
+            return bool(flag)
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
         return self.engine.evaluate(samples, micro_batch, self._eos_id, self.must_stop)
@@ -160,9 +163,11 @@ class EngineBackend:
         :raises DamagedCheckpoint: on every rank, when a file is not what was saved.
         :raises ConfigError: on every rank, when it is of another model.
         """
+        ACTIVITY.enter(LOAD)
         return self.engine.load_checkpoint(path.parent, path.name)[1]
 
     def export(self, folder: Path, tokenizer: str | None) -> None:
+        ACTIVITY.enter(EXPORT)
         self.engine.save_pretrained(folder, tokenizer)
 
     def monitor(self, values: dict[str, float], samples: int) -> None:

@@ -8,6 +8,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from sdp_llm.activity import ACTIVITY, END
+
 
 def device_type() -> str:
     """``cuda`` or ``cpu``: what DeepSpeed uses, which DS_ACCELERATOR=cpu keeps off the GPU."""
@@ -40,5 +42,7 @@ def shut_down() -> None:
     """End torch.distributed, so that no rank leaves while another still needs it."""
     if dist.is_initialized():
         if dist.get_world_size() > 1:
-            dist.barrier()
+            ACTIVITY.enter(END)
+            with ACTIVITY.waiting("end of all ranks"):
+                dist.barrier()
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.training.environment import device_type
 
 
@@ -82,7 +83,8 @@ def _gathered(row: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return row[None]
     rows = row.new_empty(dist.get_world_size(), len(row))
-    dist.all_gather_single(rows.view(-1), row)
+    with ACTIVITY.waiting("losses of the log line"):
+        dist.all_gather_single(rows.view(-1), row)
     return rows
 
 

@@ -119,7 +119,7 @@ def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int
             f"warning: the budget was {trainer['total_steps']} steps, it is {total_steps} now; a "
             'scheduler with total_num_steps = "auto" follows it'
         )
-    before, after = dict(_flat(saved["config"])), dict(_flat(to_dict(run)))
+    before, after = dict(flat(saved["config"])), dict(flat(to_dict(run)))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
@@ -148,9 +148,10 @@ def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: i
     return line
 
 
-def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects, each with its path behind ``path``."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{name}.")
+            yield from flat(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

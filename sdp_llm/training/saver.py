@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdp_llm.activity import ACTIVITY, SAVE
 from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import TrainingConfig
 from sdp_llm.errors import ConfigError, TrainingStopped
@@ -97,6 +98,7 @@ class Saver:
         :returns: why it failed; None when all went well.
         """
         self.finish()
+        ACTIVITY.enter(SAVE)
         started = time.perf_counter()
         is_async = can_wait and self._config.async_save
         begin = self._backend.begin_save if is_async else self._backend.save
@@ -136,6 +138,7 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        ACTIVITY.enter(SAVE)
         started = time.perf_counter()
         try:
             self._backend.finish_save()

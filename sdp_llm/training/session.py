@@ -18,9 +18,17 @@ from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.resume import Start, find_start
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
-from sdp_llm.training.status import FINISHED, RUNNING, Status, read_status
+from sdp_llm.training.status import (
+    FINISHED,
+    RUNNING,
+    Status,
+    describe_status,
+    read_status,
+    was_killed,
+)
 from sdp_llm.training.summary import closing_lines, summary_card
 from sdp_llm.training.trainer import Trainer
+from sdp_llm.training.watchdog import Watchdog
 
 
 def train(
@@ -29,10 +37,12 @@ def train(
     backend: EngineBackend,
     folder: RunFolder,
     resume: str,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Find the start, train, and leave a status that says how it ended. Collective.
 
     :param resume: as in :func:`sdp_llm.training.resume.find_start`.
+    :param watchdog: knows whose failure another rank's is.
     :raises ConfigError: on every rank, when it cannot begin.
     :raises TrainingStopped: on every rank, when it cannot go on.
     """
@@ -46,7 +56,10 @@ def train(
     steps = steps_from(run, inputs.batch, position, inputs.schedule.total_steps)
     for line in _start_lines(start, inputs.schedule, steps):
         say(line)
-    was_finished = read_status(folder.path).get("state") == FINISHED
+    before = read_status(folder.path)
+    if was_killed(before):
+        say(f"the run before was {describe_status(before)}")
+    was_finished = before.get("state") == FINISHED
     if start.checkpoint is not None and was_finished and position.step >= steps:
         say("finished already: raise the budget to train on, or take another training.run_dir")
         return
@@ -59,6 +72,8 @@ def train(
     )
     newest = f"checkpoints/{start.checkpoint.name}" if start.checkpoint and is_own else None
     status.write(state=RUNNING, step=position.step, checkpoint=newest)
+    if watchdog is not None:
+        watchdog.on_failure = status.fail
     for line in folder.begin(position.step):
         say(line)
     saver = Saver(
@@ -78,7 +93,8 @@ def train(
         trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
         is_finished = trainer.fit()
     except BaseException as error:
-        status.fail(f"step {position.step}: {type(error).__name__}: {error}")
+        reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"
+        status.fail(f"step {position.step}: {reason}")
         raise
     if is_finished:
         status.write(state=FINISHED, step=trainer.step)

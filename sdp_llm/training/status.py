@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sdp_llm.checkpoint.together import replace_text
+from sdp_llm.processes import GONE, ProcessId, this_process
 
 STATUS = "status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED = "running", "finished", "preempted", "failed"
@@ -25,13 +26,35 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def was_killed(status: Mapping[str, Any]) -> bool:
+    """Whether a run that says "running" has no process any more, as its rank 0's machine knows."""
+    names = ("machine", "host", "pid", "started")
+    if status.get("state") != RUNNING or any(status.get(name) is None for name in names):
+        return False
+    return ProcessId(*(status[name] for name in names)).state() == GONE
+
+
+def describe_status(status: Mapping[str, Any]) -> str:
+    """What became of a run, in a line; "" where there is no status."""
+    if "state" not in status:
+        return ""
+    where = f"pid {status.get('pid')} on {status.get('host')}"
+    if was_killed(status):
+        return f"killed at step {status.get('step')} or later ({where} is gone)"
+    text = f"{status['state']}, step {status.get('step')} of {status.get('total_steps')}"
+    if status["state"] == FAILED:
+        return f"{text}: {status.get('reason')}"
+    return f"{text} ({where})" if status["state"] == RUNNING else text
+
+
 class Status:
     """Writes ``status.json``: ``state`` is running, finished, preempted or failed.
 
     Beside it stand ``step`` and ``total_steps``, ``checkpoint`` (the newest complete one, relative
     to the run folder, or null), ``reason`` of a failure, ``warning`` (the last save that failed),
-    ``host`` and ``pid`` of the process that wrote it, and ``time`` (seconds since 1970). A run
-    that says "running" without a process was killed without a chance to say more.
+    ``host`` and ``pid`` of the process that wrote it, with ``machine`` and ``started`` that tell it
+    from a later one of the same number, and ``time`` (seconds since 1970). A run that says
+    "running" without a process was killed without a chance to say more.
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
@@ -57,7 +80,7 @@ class Status:
             self._replace()
 
     def _replace(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 3)}
+        who = asdict(this_process()) | {"time": round(time.time(), 3)}
         text = json.dumps(self._content | who, indent=2) + "\n"
         try:
             replace_text(self._run_dir / STATUS, text)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY, DATA, LOG, VALIDATE
 from sdp_llm.config import RunConfig
 from sdp_llm.data.sampler import rank_slice, validation_samples
 from sdp_llm.errors import Interrupted, TrainingStopped
@@ -91,11 +92,13 @@ class Trainer:
         if self._phase is not phase:
             self._enter(phase)
         self._meter.start()
+        ACTIVITY.enter(DATA)
         result = self.backend.step(next(batches))
         self._meter.pause()
         self._meter.add(result.losses)
         batch = self.inputs.batch.global_batch
         self.position.step += 1
+        ACTIVITY.end_step(self.step)
         self.position.samples += batch
         self.position.tokens += batch * self.inputs.train.sequence_length
         self._count_skipped(result)
@@ -146,6 +149,7 @@ class Trainer:
         """
         if self._validation is None:
             return
+        ACTIVITY.enter(VALIDATE)
         micro_batch = self.run.training.eval_micro_batch_size or self.inputs.batch.micro_batch
         result = self.backend.evaluate(self._validation, micro_batch)
         self.last_validation = self._fresh_validation = result
@@ -162,6 +166,7 @@ class Trainer:
 
     def log(self, grad_norm: float) -> None:
         """Print one line and append it to the metrics. Collective."""
+        ACTIVITY.enter(LOG)
         reduced = self._meter.reduce()
         self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch
@@ -247,5 +252,6 @@ class Trainer:
         if self.backend.world_size == 1:
             return own
         counts = [0] * self.backend.world_size
-        dist.all_gather_object(counts, own)
+        with ACTIVITY.waiting("bytes of the validation text"):
+            dist.all_gather_object(counts, own)
         return sum(counts)
