@@ -11,24 +11,27 @@ import sys
 from datetime import timedelta
 
 from sdp_llm.cli import config_of, config_parser, run_command, until_checked
+from sdp_llm.launched import launched
 from sdp_llm.training.signals import StopRequest
+from sdp_llm.versions import check_versions, versions
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
     """Parse, build, train."""
     stop = StopRequest()
     with until_checked():
+        here = launched(os.environ)
         run = config_of(arguments)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_versions(versions())
 
         # The imports take seconds; a wrong config has failed by now.
         from sdp_llm.training.environment import prepare, shut_down
 
-        prepare()
+        prepare(here)
 
         from sdp_llm.training.inputs import load_inputs
 
-        inputs = load_inputs(run, world_size, int(os.environ.get("RANK", "0")))
+        inputs = load_inputs(run, here.world_size, here.rank)
 
         from sdp_llm.distributed import init_distributed
         from sdp_llm.training.backends import EngineBackend
