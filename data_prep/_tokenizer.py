@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.errors import ConfigError
+from sdp_llm.tokenizer import read_tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -14,11 +15,6 @@ def load_tokenizer(folder: Path) -> Any:
     :raises ConfigError: The folder is missing, or transformers cannot load a fast tokenizer from
         it.
     """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--tokenizer {folder}: no such folder; make one with `python "
-            "data_prep/train_tokenizer.py`"
-        )
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         # transformers would convert it each time, and needs protobuf for that.
         raise ConfigError(
@@ -26,15 +22,10 @@ def load_tokenizer(folder: Path) -> Any:
             f"`python data_prep/train_tokenizer.py --output DIR "
             f"--from_model {folder}/tokenizer.model`"
         )
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--tokenizer {folder}: not a tokenizer: {reason}") from error
+    fix = "make one with `python data_prep/train_tokenizer.py`"
+    tokenizer = read_tokenizer(folder, f"--tokenizer {folder}", fix)
     if not tokenizer.is_fast:
-        raise ConfigError(f"--tokenizer {folder}: has no tokenizer.json (a fast tokenizer)")
+        raise ConfigError(f"--tokenizer {folder}: has no tokenizer.json (a fast tokenizer); {fix}")
     return tokenizer
 
 

@@ -35,6 +35,7 @@ from data_prep._verify import (
     wrong_sizes,
     wrong_sums,
 )
+from sdp_llm.cli import Parser
 from sdp_llm.data.indexed import IndexedDataset
 from sdp_llm.errors import ConfigError
 
@@ -230,7 +231,7 @@ def inspect(arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = Parser(__doc__)
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="output of tokenize_fineweb.py, or a PREFIX"
     )

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import inspect
 import json
+import math
 import os
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from data_prep._common import Progress, refuse_existing, run_script
+from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "test", "tests"}
@@ -132,8 +134,8 @@ def documents(max_bytes: int, progress: Progress) -> Iterator[dict[str, str]]:
 
 def write_corpus(arguments: argparse.Namespace) -> None:
     """Write ``--output`` and print what is in it."""
-    if arguments.max_megabytes <= 0:
-        raise ConfigError(f"--max_megabytes {arguments.max_megabytes}: must be above 0")
+    if not 0 < arguments.max_megabytes < math.inf:
+        raise ConfigError(f"--max_megabytes {arguments.max_megabytes}: must be above 0, and finite")
     output: Path = arguments.output
     refuse_existing(output)
     partial = output.with_name(output.name + ".partial")
@@ -159,7 +161,7 @@ def write_corpus(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     parser.add_argument(
         "--max_megabytes", type=float, default=6.0, help="UTF-8 text to collect (default 6)"

@@ -43,6 +43,7 @@ from data_prep._encoding import Encoder, encode_pieces
 from data_prep._estimate import estimate, unfinished_bytes
 from data_prep._pieces import PIECE_BYTES, Limits, Piece, cut
 from data_prep._source import Source, find_source
+from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 from sdp_llm.training.progress import duration
 
@@ -272,7 +273,7 @@ def report(output: Path, state: State) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--source", required=True, help="file, folder, glob, or name of a dataset on the hub")
     add("--name", help="configuration of the hub dataset, such as sample-10BT")

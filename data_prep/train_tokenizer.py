@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
 import re
 import sys
 import threading
@@ -36,6 +37,7 @@ from data_prep._reading import (
 )
 from data_prep._source import Source, SourceFile, find_source
 from data_prep._tokenizer import encode_plain, load_tokenizer
+from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 
 _MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out
@@ -245,8 +247,12 @@ def build(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--from_model {arguments.from_model}: no such file")
         model = arguments.from_model.read_bytes()
     else:
-        if arguments.sample_megabytes <= 0:
-            raise ConfigError(f"--sample_megabytes {arguments.sample_megabytes}: must be above 0")
+        if arguments.vocab_size < 1:
+            raise ConfigError(f"--vocab_size {arguments.vocab_size}: must be at least 1")
+        if not 0 < arguments.sample_megabytes < math.inf:
+            raise ConfigError(
+                f"--sample_megabytes {arguments.sample_megabytes}: must be above 0, and finite"
+            )
         sources = [find_source(name, arguments.name, "--input") for name in arguments.input]
         limit = int(arguments.sample_megabytes * 1e6)
         training, held_out = sample_documents(sources, arguments.text_column, limit)
@@ -271,7 +277,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", help="files, folders or globs of text, or a dataset on the hub"

@@ -11,6 +11,7 @@ import sys
 from sdp_llm.cli import config_of, config_parser, exported_model, run_command
 from sdp_llm.config import require_sections
 from sdp_llm.errors import ConfigError
+from sdp_llm.versions import check_versions, versions
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -22,19 +23,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError("data.validation: missing; name the corpus to measure the loss on")
     folder = exported_model(arguments.model)
     if arguments.micro_batch_size < 1:
-        raise ConfigError(f"--micro_batch_size {arguments.micro_batch_size}: must be at least 1")
+        raise ConfigError(
+            f"--micro_batch_size {arguments.micro_batch_size}: must be at least 1; give more"
+        )
+    check_versions(versions())
 
     from sdp_llm.training.environment import device_type, prepare
 
     prepare()
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from sdp_llm.data.sampler import validation_samples
     from sdp_llm.evaluation import Evaluation
+    from sdp_llm.exported import load_exported
     from sdp_llm.loss import summed_loss, target_count
-    from sdp_llm.training.corpora import open_validation
+    from sdp_llm.training.corpora import check_ids, open_validation
     from sdp_llm.training.documents import separator
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
 
@@ -43,8 +46,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     samples = torch.from_numpy(
         dataset.batch(validation_samples(dataset, run.training.eval_samples))
     )
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model = load_exported(folder)
+    vocabulary = model.config.get_text_config().vocab_size
+    check_ids(corpora, vocabulary, f"{folder}/config.json", None, 1)
     tokenizer = None if run.data.tokenizer is None else load_tokenizer(run.data.tokenizer)
     attention = model.config._attn_implementation
     eos_id = separator(run.data, model.config, attention, tokenizer, corpora)

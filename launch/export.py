@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdp_llm.cli import run_command
+from sdp_llm.cli import Parser, run_command
 from sdp_llm.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "checkpoint",
         help="a checkpoint, or a run folder or folder of checkpoints, whose latest one is taken",

@@ -8,26 +8,30 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sdp_llm.cli import exported_model, run_command
+from sdp_llm.cli import Parser, exported_model, run_command
 from sdp_llm.errors import ConfigError
+from sdp_llm.versions import check_versions, versions
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """Load the model and its tokenizer with transformers alone, and sample."""
     folder = exported_model(arguments.model)
+    for name, least, value in (("tokens", 1, arguments.tokens), ("seed", 0, arguments.seed)):
+        if not least <= value < 2**63:
+            raise ConfigError(f"--{name} {value}: must be at least {least}, and less than 2**63")
+    check_versions(versions())
 
+    from sdp_llm.training.environment import prepare
+
+    prepare()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {folder}: has no tokenizer; copy one there, or export with data.tokenizer"
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    from sdp_llm.exported import load_exported
+    from sdp_llm.tokenizer import read_tokenizer
+
+    fix = "copy one there, or export with data.tokenizer"
+    tokenizer = read_tokenizer(folder, f"--model {folder}", fix)
+    model = load_exported(folder).eval()
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -44,7 +48,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="an exported model")
     parser.add_argument("--prompt", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=48, help="tokens to add to each prompt")

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sdp_llm.cli import Parser
+
 
 def main(arguments: argparse.Namespace) -> int:
     """Parse, read, print."""
@@ -28,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "checkpoint",
         help="a checkpoint, or a run folder or folder of checkpoints, whose latest one is read",

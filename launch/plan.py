@@ -10,21 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdp_llm.config import RunConfig, load_config, require_sections, resolve_batch
+from sdp_llm.cli import config_of, config_parser, run_command
+from sdp_llm.config import RunConfig, require_sections, resolve_batch
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.report import run_report
 from sdp_llm.plan.schedule_cost import check_memory_limit, schedule_cost
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    try:
-        config = load_config(args.deepspeed_config, args.set)
-        show(config, args.world_size, args.backend)
-    except ConfigError as error:
-        print(f"plan: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("plan", run, _parser().parse_args(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Parse, compute, print."""
+    show(config_of(arguments), arguments.world_size, arguments.backend)
 
 
 def show(config: RunConfig, world_size: int, backend: str | None) -> None:
@@ -54,16 +53,8 @@ def show(config: RunConfig, world_size: int, backend: str | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="plan", description=__doc__)
-    parser.add_argument("--deepspeed_config", required=True, help="the run's JSON file")
+    parser = config_parser(__doc__ or "")
     parser.add_argument("--world_size", required=True, type=int, help="number of ranks")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value of the file, such as sdp.coverage=3/4; may be repeated",
-    )
     parser.add_argument(
         "--backend",
         choices=("gloo", "nccl"),

@@ -12,24 +12,27 @@ from datetime import timedelta
 from pathlib import Path
 
 from sdp_llm.cli import config_of, config_parser, run_command, until_checked
+from sdp_llm.launched import launched
 from sdp_llm.training.signals import StopRequest
+from sdp_llm.versions import check_versions, versions
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
     """Parse, build, train."""
     stop = StopRequest()
     with until_checked():
+        here = launched(os.environ)
         run = config_of(arguments)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_versions(versions())
 
         # The imports take seconds; a wrong config has failed by now.
         from sdp_llm.training.environment import prepare, shut_down
 
-        prepare()
+        prepare(here)
 
         from sdp_llm.training.inputs import load_inputs
 
-        inputs = load_inputs(run, world_size, int(os.environ.get("RANK", "0")))
+        inputs = load_inputs(run, here.world_size, here.rank)
 
         from sdp_llm.distributed import init_distributed
         from sdp_llm.rendezvous import meet
@@ -42,15 +45,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
     assert run.training.run_dir is not None
     patience = timedelta(seconds=run.training.step_timeout)
     store = meet(patience)
-    rank = int(os.environ["RANK"])
     facts = facts_of(run, inputs, arguments.resume)
-    processes = agree_on_start(store, rank, world_size, facts, patience)
-    with Watchdog(
-        run.training.step_timeout, rank, processes, Path(run.training.run_dir)
-    ) as watchdog:
+    processes = agree_on_start(store, here.rank, here.world_size, facts, patience)
+    run_dir = Path(run.training.run_dir)
+    with Watchdog(run.training.step_timeout, here.rank, processes, run_dir) as watchdog:
         init_distributed(timedelta(minutes=run.training.timeout_minutes))
         stop.hear_sigterm()
-        folder = RunFolder(run, inputs.schedule, rank == 0, resume=arguments.resume)
+        folder = RunFolder(run, inputs.schedule, here.rank == 0, resume=arguments.resume)
         backend = EngineBackend(run, inputs, stop.is_set)
         train(run, inputs, backend, folder, arguments.resume, watchdog)
         stop.settle()

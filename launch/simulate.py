@@ -10,13 +10,15 @@ import sys
 
 from sdp_llm.cli import config_of, config_parser, run_command
 from sdp_llm.errors import ConfigError
+from sdp_llm.versions import check_versions, versions
 
 
 def simulate(arguments: argparse.Namespace) -> None:
     """Parse, build, train."""
     run = config_of(arguments)
     if arguments.world_size < 1:
-        raise ConfigError(f"--world_size {arguments.world_size}: must be at least 1")
+        raise ConfigError(f"--world_size {arguments.world_size}: must be at least 1; give more")
+    check_versions(versions())
 
     # The imports take seconds; a wrong config has failed by now.
     from sdp_llm.training.environment import device_type, prepare

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from sdp_llm.config import RunConfig, load_config
 from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
@@ -19,12 +21,56 @@ from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
 GRACE_S = 2.0
 
 # What a process returns; what is not here has a traceback and returns 1.
-STATUS = {ConfigError: 2, TrainingStopped: 3, RankLost: 4}
+STATUS: Mapping[type[Exception], int] = {ConfigError: 2, TrainingStopped: 3, RankLost: 4}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others, and end with status 2.
+
+    An abbreviation is no argument: it could be a slip.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        summary = (description or "").split("\n\n")[0]
+        super().__init__(description=summary, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        name = Path(self.prog).stem
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        known = [text for action in self._actions for text in action.option_strings]
+        close = difflib.get_close_matches(unknown, known, n=1) if unknown else []
+        hint = f"did you mean {close[0]}? " if close else ""
+        sys.exit(fail(name, f"{message}; {hint}--help lists the arguments", 2))
+
+
+def fail(name: str, message: str, status: int) -> int:
+    """Say why a command ends; a rank leaves the others time to say it too.
+
+    :returns: ``status``.
+    """
+    say_error(name, message)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        time.sleep(GRACE_S)
+    return status
+
+
+def say_error(name: str, reason: object) -> None:
+    """The line on stderr by which a command fails.
+
+    Every rank prints: on a cluster each may have a log of its own, and the input may be wrong on
+    one machine only.
+    """
+    rank = os.environ.get("RANK")
+    where = f" [rank {rank}]" if rank is not None else ""
+    line = " ".join(f"{name}: error:{where} {reason}".splitlines())
+    # One write: print would write the end of the line by itself, between other ranks' lines.
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the arguments that name and change the run config."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description)
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run config")
     parser.add_argument(
         "--set",
@@ -85,24 +131,9 @@ def run_command(
     except tuple(STATUS) as error:
         if arguments.debug:
             raise
-        say_error(name, error)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(GRACE_S)
-        return next(status for kind, status in STATUS.items() if isinstance(error, kind))
+        status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+        return fail(name, str(error), status)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def say_error(name: str, reason: object) -> None:
-    """The line by which a command fails.
-
-    Every rank prints: on a cluster each may have a log of its own, and the input may be wrong on
-    one machine only.
-    """
-    rank = os.environ.get("RANK")
-    where = f" [rank {rank}]" if rank is not None else ""
-    # One write: print would write the end of the line by itself, between other ranks' lines.
-    sys.stderr.write(f"{name}: error:{where} {reason}\n")
-    sys.stderr.flush()

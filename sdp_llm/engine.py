@@ -206,6 +206,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeed's, with each unit's gradient averaged over its owners meanwhile."""
+        self.optimizer.watch(loss)
         is_last = self.is_gradient_accumulation_boundary()
         must_reduce = self.sharded.stage == 2 or is_last
         self._reducer.begin(reduce=must_reduce and not self.inside_no_sync_ctxt)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
+# What ends a line somewhere, or steers a terminal; with the spaces around it.
+_BREAKS = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
+
 
 class ConfigError(ValueError):
     """A wrong config, command line, file or environment.
 
-    The message is one line that names the key or file, its value, the rule it breaks and the fix.
-    Entry points print it without a traceback and exit with status 2.
+    The message is one line that names the key or file, its value, the rule it breaks and the fix:
+    what ends a line, in a key or in what another library says, becomes a space. Entry points print
+    it without a traceback and exit with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_BREAKS.sub(" ", message))
 
 
 class DamagedCheckpoint(ConfigError):

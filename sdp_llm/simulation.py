@@ -150,8 +150,8 @@ class Simulation:
         losses = self.accumulate(batch, micro_batch)
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
-        if not math.isfinite(norm):
-            return StepResult(tuple(losses), norm, True)
+        if not all(map(math.isfinite, (norm, *losses))):
+            return StepResult(tuple(losses), math.nan if math.isfinite(norm) else norm, True)
         if self.max_norm > 0 and norm > self.max_norm:
             for gradient in gradients:
                 gradient *= self.max_norm / (norm + 1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     yield pool
     for running in started.values():
         running.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with all that a run reads; see ``tests.integration.conftest.Tiny``."""
+    from tests.integration.conftest import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,8 @@ def export_checkpoint(
     with ExitStack() as stack:
         reader = CheckpointReader(checkpoint, stack)
         config = config or _saved_config(reader)
-        model = empty_model(type(config).from_dict(config.to_dict()), None)
+        # The attention does not matter, and a saved config may name one that is not here.
+        model = empty_model(type(config).from_dict(config.to_dict()), "eager")
         tensors = _ModelTensors(reader, model, config, dtype or _trained_dtype(reader.state))
         files = _split(tensors.entries, max_file_bytes)
         _check_space(output, sum(entry.nbytes for entry in tensors.entries))

@@ -22,6 +22,7 @@ from sdp_llm.checkpoint.coverage import (
     coverage_error,
     stored_ranges,
 )
+from sdp_llm.checkpoint.find import is_plain_name, named_by
 from sdp_llm.checkpoint.save import FORMAT_VERSION, LATEST, MANIFEST, STATE, seal
 from sdp_llm.checkpoint.together import agree, sha256_of
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
@@ -63,11 +64,14 @@ class CheckpointReader:
         self.manifest = _read_json(folder / MANIFEST)
         if self.manifest.get("sha256") != seal(self.manifest):
             raise _damaged(folder / MANIFEST, "not the file that was saved (another SHA-256)")
-        if self.manifest["format_version"] != FORMAT_VERSION:
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
             raise ConfigError(
-                f"{folder / MANIFEST}: format version {self.manifest['format_version']!r}; "
-                f"this version reads {FORMAT_VERSION}: load it with the version that wrote it"
+                f"{folder / MANIFEST}: format version {version!r}; this version reads "
+                f"{FORMAT_VERSION}: load it with the version that wrote it"
             )
+        if not _is_well_formed(self.manifest):
+            raise _damaged(folder / MANIFEST, "does not describe files and parameters")
         self.state = read_state(folder)
         self._files: dict[str, Any] = {}
         for name in self.manifest["files"]:
@@ -76,11 +80,14 @@ class CheckpointReader:
                     self._files[name] = stack.enter_context(safe_open(folder / name, "pt"))
                 except (OSError, SafetensorError) as error:
                     raise _damaged(folder / name, error) from error
-        self.ranges: Ranges = stored_ranges(
-            (name, key)
-            for name, file in self._files.items()
-            for key in file.keys()  # noqa: SIM118 - not a dict
-        )
+        try:
+            self.ranges: Ranges = stored_ranges(
+                (name, key)
+                for name, file in self._files.items()
+                for key in file.keys()  # noqa: SIM118 - not a dict
+            )
+        except ValueError as error:
+            raise _damaged(folder, f"a tensor's key cannot be read: {error}") from error
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Check size and SHA-256 of the files, and that they cover each parameter once.
@@ -139,6 +146,24 @@ class CheckpointReader:
         return torch.cat(parts)
 
 
+def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest names files of its own folder, and shapes."""
+    files, parameters = manifest.get("files"), manifest.get("parameters")
+    if not isinstance(files, dict) or not isinstance(parameters, dict):
+        return False
+    are_files = all(
+        is_plain_name(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for name, entry in files.items()
+    )
+    return are_files and all(
+        isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+        for shape in parameters.values()
+    )
+
+
 def _damaged(path: Path, reason: object) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{path}: {reason}; take another checkpoint")
 
@@ -155,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path}: not there; name a folder that engine.save_checkpoint wrote"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise _damaged(path, "not a JSON object")
@@ -170,7 +195,7 @@ def latest_tag(folder: Path) -> str:
     latest = folder / LATEST
     if not latest.is_file():
         raise ConfigError(f"{latest}: not there; save a checkpoint first or name a tag")
-    return latest.read_text(encoding="utf-8").strip()
+    return named_by(latest)
 
 
 @contextmanager

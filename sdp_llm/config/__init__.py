@@ -6,6 +6,7 @@ Imports neither torch nor deepspeed nor transformers, so that a wrong file fails
 from sdp_llm.config.batch import BatchSizes, resolve_batch
 from sdp_llm.config.describe import describe_keys, markdown_table
 from sdp_llm.config.emit import (
+    check_warmup,
     deepspeed_dict,
     keys_without_effect,
     optimizer_dict,
@@ -43,6 +44,7 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "ZeroConfig",
+    "check_warmup",
     "deepspeed_dict",
     "describe_keys",
     "keys_without_effect",

@@ -119,6 +119,20 @@ def optimizer_dict(optimizer: OptimizerConfig) -> dict[str, Any]:
     return {"type": optimizer.type, "params": params}
 
 
+def check_warmup(scheduler: SchedulerConfig, total_steps: int) -> None:
+    """Check that a scheduler which plans for the whole budget gets beyond its warm-up.
+
+    :raises ConfigError: it would end before its warm-up does.
+    """
+    warmup, total = (scheduler.params.get(f"{name}_num_steps") for name in ("warmup", "total"))
+    total = total_steps if total == AUTO else total
+    if warmup is not None and total is not None and warmup > total:
+        raise ConfigError(
+            f"scheduler.params.warmup_num_steps = {warmup}: longer than total_num_steps = {total}, "
+            f"in which {scheduler.type} warms up and decays; use fewer than {total}"
+        )
+
+
 def scheduler_dict(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
     """The scheduler section that DeepSpeed gets, with ``total_num_steps`` resolved.
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +21,10 @@ AUTO_KEYS = (
 )
 # A float such as 0.0625 is meant as a ratio of two rank counts; no world has more ranks than this.
 MAX_DENOMINATOR = 1024
+# Counts end up in 64-bit integers, of torch, numpy and files.
+MAX_INTEGER = 2**63 - 1
 # "bfp16" is what releases of DeepSpeed before 0.19 called bf16 here.
+_FRACTION = re.compile(r"[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,18})?")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "bfp16": "bfloat16"}
 
 
@@ -60,6 +64,7 @@ def unknown(path: str, known: Sequence[str], elsewhere: str | None = None) -> Co
     """
     parent, _, name = path.rpartition(".")
     close = nearest(name, known)
+    path = shorten(path)
     if elsewhere is not None or close is not None:
         suggestion = elsewhere or (f"{parent}.{close}" if parent else close)
         return ConfigError(f"{path}: unknown key; did you mean {suggestion}?")
@@ -67,20 +72,22 @@ def unknown(path: str, known: Sequence[str], elsewhere: str | None = None) -> Co
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a finite number; a bool is not a number."""
+    """Whether the value is a finite number that a float can hold; a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return isinstance(value, int) or math.isfinite(value)
+    return abs(value) <= sys.float_info.max
 
 
-def integer(minimum: int) -> Kind:
-    """A whole number of at least `minimum`; a float such as 5e8 counts if it is whole."""
+def integer(minimum: int, maximum: int = MAX_INTEGER) -> Kind:
+    """An integer from `minimum` to `maximum`; a float such as 5e8 counts if it is whole."""
     names = {0: "integer ≥ 0", 1: "positive integer"}
     name = names.get(minimum, f"integer ≥ {minimum}")
 
     def parse(path: str, value: Any) -> int:
         if not is_number(value) or value != int(value) or value < minimum:
-            raise wrong(path, value, f"expected {_article(name)}")
+            raise wrong(path, value, f"expected {_article(name)}{_unquoted(value)}")
+        if value > maximum:
+            raise wrong(path, value, f"too large; use at most {maximum}")
         return int(value)
 
     return Kind(name, parse)
@@ -99,7 +106,7 @@ def number(
 
     def parse(path: str, value: Any) -> int | float:
         if not is_number(value) or not (minimum <= value and above < value < below):
-            raise wrong(path, value, f"expected {_article(name)}")
+            raise wrong(path, value, f"expected {_article(name)}{_unquoted(value)}")
         return value
 
     return Kind(name, parse)
@@ -121,25 +128,27 @@ def choice(*values: str) -> Kind:
 
 def _parse_boolean(path: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise wrong(path, value, "expected true or false")
+        raise wrong(path, value, "expected true or false, without quotes")
     return value
 
 
 def _parse_string(path: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise wrong(path, value, "expected a string that is not empty")
-    return value
+    return _parse_any_string(path, value)
 
 
 def _parse_any_string(path: str, value: Any) -> str:
     if not isinstance(value, str):
         raise wrong(path, value, "expected a string")
+    if not value.isprintable():
+        raise wrong(path, value, "has a character that cannot be printed; remove it")
     return value
 
 
 def _parse_corpora(path: str, value: Any) -> str | dict[str, float]:
-    if isinstance(value, str) and value:
-        return value
+    if isinstance(value, str) and value.strip():
+        return _parse_any_string(path, value)
     if not isinstance(value, Mapping) or not value:
         rule = (
             'expected a path, or an object of paths and weights such as {"data/a": 3, "data/b": 1}'
@@ -147,10 +156,11 @@ def _parse_corpora(path: str, value: Any) -> str | dict[str, float]:
         raise wrong(path, value, rule)
     for prefix, weight in value.items():
         where = f"{path}[{json.dumps(prefix)}]"
-        if not prefix:
+        if not isinstance(prefix, str) or not prefix.strip():
             raise wrong(where, weight, "the path is empty; name the corpus without .bin and .idx")
         if not is_number(weight) or weight <= 0:
             raise wrong(where, weight, "expected a weight > 0; remove a corpus that is not wanted")
+        _parse_any_string(path, prefix)
     return dict(value)
 
 
@@ -170,7 +180,7 @@ def _parse_share(path: str, value: Any, max_denominator: int | None = None) -> F
     fraction = None
     if isinstance(value, Fraction):
         fraction = value
-    elif isinstance(value, str) and re.fullmatch(r"\d+(/\d+|\.\d+)?", value.strip()):
+    elif isinstance(value, str) and _FRACTION.fullmatch(value.strip()):
         numerator, _, denominator = value.partition("/")
         if not denominator or int(denominator):
             fraction = Fraction(numerator) / int(denominator or 1)
@@ -235,6 +245,20 @@ def _article(noun: str) -> str:
 def _shown(value: object) -> str:
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"  # what is no JSON may be anything
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning where it is too long for a message."""
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _unquoted(value: object) -> str:
+    """The fix for a number that was given as text, as in "1e-4"."""
+    try:
+        is_number_in_quotes = isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        is_number_in_quotes = False
+    return ", without quotes" if is_number_in_quotes else ""

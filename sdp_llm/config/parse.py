@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.config import deepspeed_keys as tables
-from sdp_llm.config.kinds import ANY_STRING, AUTO, AUTO_KEYS, CORPORA, STRING, unknown, wrong
+from sdp_llm.config.kinds import (
+    ANY_STRING,
+    AUTO,
+    AUTO_KEYS,
+    CORPORA,
+    STRING,
+    shorten,
+    unknown,
+    wrong,
+)
 from sdp_llm.config.schema import RunConfig
 from sdp_llm.errors import ConfigError
 
@@ -29,19 +38,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; check the path") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; give a JSON file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from None
+        raise ConfigError(f"{path}: not UTF-8 text; give a JSON file, saved as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{path}: cannot read the config file: {reason}; name a JSON file such as "
+            "configs/demo.json"
+        ) from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the config file is empty; write a JSON object {{...}}")
     try:
         raw = _strict_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+            "keys and strings need double quotes; comments, and a comma before a closing bracket, "
+            "are not allowed"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply; write it flatter") from None
+    except ValueError as error:  # also a ConfigError, which does not know the file
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: the top level must be a JSON object {{...}}")
+        raise ConfigError(
+            f"{path}: the top level must be a JSON object {{...}}, as in configs/demo.json"
+        )
     return parse_config(raw, overrides)
 
 
@@ -72,7 +93,8 @@ def walk_keys(cls: type = RunConfig, path: str = "") -> Iterator[tuple[str, Fiel
 
 def _parse_section(cls: type, path: str, raw: Any) -> Any:
     if not isinstance(raw, Mapping):
-        raise wrong(path, raw, "expected an object {...}")
+        first = fields(cls)[0].name
+        raise wrong(path, raw, f'expected an object {{...}} with keys such as "{first}"')
     for name in raw:
         _check_known(cls, path, str(name))
     values: dict[str, Any] = {}
@@ -141,8 +163,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Write one `a.b=VALUE` into the tree of raw values."""
     path, equals, text = override.partition("=")
     path = path.strip()
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as training.steps=100")
+    if not equals or not all(path.split(".")):
+        given = shorten(override)
+        raise ConfigError(f"--set {given}: expected KEY=VALUE, such as training.steps=100")
     item = _locate(path)
     value = _override_value(item, text)
     *parents, name = path.split(".")
@@ -227,12 +250,15 @@ def _override_value(item: Field[Any] | None, text: str) -> Any:
         return text
     # A run folder named 123 is meant as text.
     kind = item.metadata.get("kind") if item is not None else None
-    is_text = kind in (STRING, ANY_STRING) or (kind == CORPORA and not isinstance(value, dict))
+    is_text = kind in (STRING, ANY_STRING)
+    is_text = is_text or (kind == CORPORA and not isinstance(value, dict | list))
     return text if is_text and not isinstance(value, str | None) else value
 
 
 def _strict_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    return json.loads(
+        text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -242,6 +268,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ConfigError(f"{name}: the key is given twice in one object; keep one")
         result[name] = value
     return result
+
+
+def _integer(digits: str) -> int:
+    # Of more than some thousand digits Python makes no integer; so many are too many for any key.
+    return int(digits[:1000])
 
 
 def _no_constant(name: str) -> Any:

@@ -24,6 +24,7 @@ from sdp_llm.config.kinds import (
     POSITIVE,
     STRING,
     Kind,
+    integer,
     is_number,
     number,
     wrong,
@@ -36,6 +37,8 @@ BUDGETS = ("steps", "tokens", "flops_of_dense_steps")
 
 _OPTIMIZER_TYPE = Kind("string", named.parse_optimizer_type)
 _SCHEDULER_TYPE = Kind("string", named.parse_scheduler_type)
+_MINUTES = integer(1, 525_600)  # a year
+_WORKERS = integer(0, 256)
 
 
 def _parse_stage(path: str, value: Any) -> int:
@@ -44,6 +47,17 @@ def _parse_stage(path: str, value: Any) -> int:
     if not is_number(value) or value not in (0, 1, 2):
         raise wrong(path, value, "expected 0, 1 or 2")
     return int(value)
+
+
+def _parse_attention(path: str, value: Any) -> str:
+    name: str = STRING.parse(path, value)
+    if "/" in name:
+        rule = 'names code on the hub, which is never fetched or run; use "sdpa" or another name'
+        raise wrong(path, value, rule)
+    return name
+
+
+_ATTENTION = Kind("string", _parse_attention)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,9 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = key(BOOLEAN, "recompute activations in the backward pass", False)
     attn_implementation: str = key(
-        STRING, 'attention kernel of transformers, such as "eager" or "flash_attention_2"', "sdpa"
+        _ATTENTION,
+        'attention kernel of transformers, such as "eager" or "flash_attention_2"',
+        "sdpa",
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +111,7 @@ class DataConfig:
         False,
     )
     num_workers: int = key(
-        COUNT, "processes per rank that read batches ahead; 0: the rank reads them itself", 0
+        _WORKERS, "processes per rank that read batches ahead; 0: the rank reads them itself", 0
     )
 
 
@@ -140,9 +156,18 @@ class TrainingConfig:
         "is written or read, counts as a step",
         600,
     )
-    timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)
+    timeout_minutes: int = key(_MINUTES, "minutes until a collective that hangs is an error", 30)
     max_skipped_steps: int = key(
-        POSITIVE, "steps in a row with non-finite gradients until training stops", 20
+        POSITIVE, "steps in a row with non-finite loss or gradients until training stops", 20
+    )
+    check_interval: int = key(
+        COUNT, "steps between comparisons of the weights that ranks have in common; 0: none", 0
+    )
+    spike_factor: float | None = key(
+        number(above=1),
+        "report a rank's loss that is more than this times its median of 128 steps, and what it "
+        "read",
+        None,
     )
 
     def __post_init__(self) -> None:

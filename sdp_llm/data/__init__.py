@@ -7,6 +7,7 @@ from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtyp
 from sdp_llm.data.sampler import (
     CorpusUse,
     PackedDataset,
+    Place,
     TrainingData,
     batch_for_rank,
     batch_indices,
@@ -21,6 +22,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetWriter",
     "PackedDataset",
+    "Place",
     "TrainingData",
     "batch_for_rank",
     "batch_indices",

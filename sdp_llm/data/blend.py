@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from sdp_llm.data.sampler import CorpusUse, PackedDataset
+from sdp_llm.data.sampler import CorpusUse, PackedDataset, Place
 from sdp_llm.errors import ConfigError
 
 BLOCK = 1000
@@ -104,10 +104,24 @@ class BlendedDataset:
             raise ValueError(f"first {first} and count {count} must not be negative")
         batch = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         places = self._pattern[np.arange(first, first + count) % BLOCK]
-        starts, ends = self.positions(first), self.positions(first + count)
-        for i, corpus in enumerate(self.corpora):
-            batch[places == i] = corpus.read(seed, int(starts[i]), int(ends[i] - starts[i]), i)
+        for i, (corpus, start, length) in enumerate(self._parts(first, count)):
+            batch[places == i] = corpus.read(seed, start, length, i)
         return batch
+
+    def locate(self, seed: int, first: int, count: int) -> list[Place]:
+        """Return where the samples lie that :meth:`read` returns."""
+        parts = [
+            iter(corpus.locate(seed, start, length, i))
+            for i, (corpus, start, length) in enumerate(self._parts(first, count))
+        ]
+        places = self._pattern[np.arange(first, first + count) % BLOCK]
+        return [next(parts[i]) for i in places.tolist()]
+
+    def _parts(self, first: int, count: int) -> list[tuple[PackedDataset, int, int]]:
+        """Each corpus with the position where it is read, and how many samples are."""
+        starts, ends = self.positions(first), self.positions(first + count)
+        lengths = (ends - starts).tolist()
+        return list(zip(self.corpora, starts.tolist(), lengths, strict=True))
 
     def require_batch(self, global_batch_size: int) -> None:
         """Check that no step reads a sample twice, wherever in a block it starts.

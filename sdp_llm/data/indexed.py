@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,17 @@ def best_dtype(vocab_size: int) -> np.dtype[Any]:
 def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     # Not with_suffix: it would eat the end of a prefix with a dot in it, such as "corpus-v1.5".
     return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
+
+
+def _meant_instead(prefix: str) -> str:
+    """The fix for a prefix without files: perhaps a file or a folder was named."""
+    stem = prefix.removesuffix(".bin").removesuffix(".idx")
+    if stem != prefix and all(path.is_file() for path in _paths(stem)):
+        return f"name the corpus without the suffix, as {stem}"
+    inside = sorted(str(path) for path in Path(prefix).glob("*.idx"))
+    if inside:
+        return f"name a corpus in this folder, such as {inside[0].removesuffix('.idx')}"
+    return _REMAKE
 
 
 def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: npt.DTypeLike) -> None:
@@ -201,7 +213,7 @@ class IndexedDataset:
         self._bin_path, self._idx_path = _paths(prefix)
         for path in (self._bin_path, self._idx_path):
             if not path.is_file():
-                raise ConfigError(f"{path}: no such file; {_REMAKE}")
+                raise ConfigError(f"{path}: no such file; {_meant_instead(self.prefix)}")
         self._read_header()
         self._check_index()
         size = self._bin_path.stat().st_size
@@ -288,6 +300,20 @@ class IndexedDataset:
             raise IndexError(f"document {index} of {self.num_documents} in {self.prefix}")
         first, end = int(self._documents[index]), int(self._documents[index + 1])
         return self.tokens(self._sequence_start(first), self._sequence_start(end))
+
+    def document_of(self, token: int) -> int:
+        """Return the document that a token of the stream is of.
+
+        :raises IndexError: ``token`` is not in ``[0, num_tokens)``.
+        """
+        if not 0 <= token < self.num_tokens:
+            raise IndexError(f"token {token} of {self.num_tokens} in {self.prefix}")
+
+        def start(document: int) -> int:
+            return self._sequence_start(int(self._documents[document]))
+
+        # The last one that starts there or before: empty ones start where the next one does.
+        return bisect_right(range(self.num_documents), token, key=start) - 1
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return ``[start, stop)`` of the concatenated documents, int64 of shape [stop - start].

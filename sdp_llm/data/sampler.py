@@ -45,6 +45,22 @@ class CorpusUse:
         return self.read / self.num_samples
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies: its number in its corpus, and the documents it has tokens of."""
+
+    prefix: str
+    sample: int
+    first_document: int
+    last_document: int
+
+    def __str__(self) -> str:
+        documents = f"document {self.first_document}"
+        if self.last_document > self.first_document:
+            documents = f"documents {self.first_document} to {self.last_document}"
+        return f"sample {self.sample} of {self.prefix} ({documents})"
+
+
 class TrainingData(Protocol):
     """Samples in the order of a run: of one corpus, or of a blend."""
 
@@ -52,6 +68,10 @@ class TrainingData(Protocol):
 
     def read(self, seed: int, first: int, count: int) -> npt.NDArray[np.int64]:
         """Return samples number ``first`` to ``first + count - 1`` of a run, [count, S + 1]."""
+        ...
+
+    def locate(self, seed: int, first: int, count: int) -> list[Place]:
+        """Return where the samples lie that :meth:`read` returns."""
         ...
 
     def require_batch(self, global_batch_size: int) -> None:
@@ -107,6 +127,17 @@ class PackedDataset:
         :returns: int64 of shape [count, S + 1].
         """
         return self.batch(samples_at(seed, first, count, self.num_samples, corpus))
+
+    def locate(self, seed: int, first: int, count: int, corpus: int = 0) -> list[Place]:
+        """Return where the samples lie that :meth:`read` returns."""
+        indices = samples_at(seed, first, count, self.num_samples, corpus).tolist()
+        return [self._place(index) for index in indices]
+
+    def _place(self, sample: int) -> Place:
+        first = sample * self.sequence_length
+        last = first + self.sequence_length  # the last target
+        document_of = self.dataset.document_of
+        return Place(self.dataset.prefix, sample, document_of(first), document_of(last))
 
     def require_batch(self, global_batch_size: int) -> None:
         """Check that no step reads a sample twice.

@@ -32,14 +32,20 @@ def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, A
 
 
 def global_norm(
-    shards: Sequence[Tensor], world: dist.ProcessGroup | None, flags: Sequence[bool] = ()
+    shards: Sequence[Tensor],
+    world: dist.ProcessGroup | None,
+    flags: Sequence[bool] = (),
+    doubt: Tensor | None = None,
 ) -> tuple[float, list[int]]:
     """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint.
 
+    :param doubt: 0-D, 0 or NaN; where it is NaN on one rank, the norm is NaN on all.
     :returns: the norm, and for each of ``flags`` on how many ranks it holds: they travel along.
     """
     norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
     total = torch.stack(norms).square().sum()
+    if doubt is not None:
+        total = total + doubt
     # One number for all flags: each element more would be a message more on gloo.
     word = sum(_MOST_RANKS**i for i, flag in enumerate(flags) if flag)
     sums = torch.stack([total, torch.full_like(total, float(word))])
@@ -81,6 +87,7 @@ class ShardedOptimizer:
         self._global_grad_norm: float | None = None
         self.flags: Callable[[], Sequence[bool]] = tuple
         self.flag_counts: list[int] = []
+        self._doubt: Tensor | None = None
         self._communicator = communicator
         self._stage = stage
         self._max_norm = max_norm
@@ -103,20 +110,30 @@ class ShardedOptimizer:
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zero the accumulated gradients; their storage stays."""
+        self._doubt = None
         for unit in self.owned:
             unit.grad.zero_()
             unit.is_averaged = False
 
+    def watch(self, loss: Tensor) -> None:
+        """Skip the next step where this loss is not finite, even if its gradient is."""
+        # Decided on the device, with the norm: asking here would wait for the backward pass.
+        doubt = (loss.detach() - loss.detach()).double().sum()
+        self._doubt = doubt if self._doubt is None else self._doubt + doubt
+
     @torch.no_grad()
     def step(self) -> None:
-        """Clip, update and distribute; or, on all ranks together, skip a non-finite gradient.
+        """Clip, update and distribute; or, on all ranks together, skip the step.
+
+        It is skipped where the gradient, or a loss that was watched, is not finite on a rank.
 
         ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
         """
         ACTIVITY.enter(OPTIMIZER)
         shards = [unit.shard_grad for unit in self.owned]
         with ACTIVITY.waiting("gradient norm"):
-            norm, self.flag_counts = global_norm(shards, self._world, self.flags())
+            norm, self.flag_counts = global_norm(shards, self._world, self.flags(), self._doubt)
+        self._doubt = None
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
         if self.overflow:

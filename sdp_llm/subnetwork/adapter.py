@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.errors import ConfigError
+from sdp_llm.tokenizer import said_by_transformers
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ def empty_model(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever wrong numbers lead to in a model's own code
+        reason = said_by_transformers(error)
         raise ConfigError(
             f"model.config: transformers cannot build a causal language model of type "
             f"{config.model_type!r} with model.attn_implementation = {attn_implementation!r}: "
-            f"{reason}"
+            f"{reason}; mend the config, or use another attention"
         ) from error
     # Parameters moved to meta one by one lose the tie that the constructor made.
     model.tie_weights()
@@ -104,6 +105,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     :raises ConfigError: unless exactly one ModuleList has ``config.num_hidden_layers`` entries.
     """
     depth = model.config.get_text_config().num_hidden_layers
+    if depth < 1:
+        raise ConfigError(f"model.config: num_hidden_layers = {depth}: must be at least 1")
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -21,6 +21,7 @@ from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, mo
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
 from sdp_llm.subnetwork.stored import local_folder
+from sdp_llm.tokenizer import said_by_transformers
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,35 @@ class SavedBytes:
     blocks: dict[int, int]
 
 
-def load_model_config(path: str | Path) -> PretrainedConfig:
+def load_model_config(path: str | Path, key: str = "model.config") -> PretrainedConfig:
     """Read ``model.config``: a HuggingFace config.json, a folder or a cached model that has one.
 
-    :raises ConfigError: when there is no such file, or transformers cannot read it. The hub is
-        never asked.
+    :param key: what names ``path``, for the message.
+    :raises ConfigError: when there is no such file, transformers cannot read it, or it names an
+        attention whose code would be fetched. The hub is never asked.
     """
+    fix = "give a HuggingFace config such as configs/model/llama_10m.json"
     file = Path(path)
     if not file.exists():
         file = local_folder(str(path)) or file
     if not (file.is_file() or (file / "config.json").is_file()):
         raise ConfigError(
-            f"model.config = {str(path)!r}: no such file, nor a folder with a config.json; "
-            "give a HuggingFace config such as configs/model/llama_10m.json"
+            f"{key} = {str(path)!r}: no such file, nor a folder with a config.json; {fix}"
         )
     try:
-        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, TypeError and more
         raise ConfigError(
-            f"model.config = {str(path)!r}: transformers cannot read it as a model config: {reason}"
+            f"{key} = {str(path)!r}: transformers cannot read it as a model config: "
+            f"{said_by_transformers(error)}; {fix}"
         ) from error
+    attention = config._attn_implementation
+    if attention is not None and "/" in attention:
+        raise ConfigError(
+            f"{key} = {str(path)!r}: its attn_implementation = {attention!r} names code on the "
+            "hub, which is never run; remove it from the config"
+        )
+    return config
 
 
 def model_size(

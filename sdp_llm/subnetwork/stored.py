@@ -88,10 +88,24 @@ def _files(source: str, folder: Path) -> list[Path]:
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            paths = [Path(name) for name in names]
+        except (
+            LookupError,
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ConfigError(
                 f"{named(source)}: {INDEX} is not an index of safetensors; download it again"
             ) from error
+        strange = [p for p in paths if p.name != str(p) or p.suffix != ".safetensors"]
+        if strange:
+            raise ConfigError(
+                f"{named(source)}: {INDEX} names {str(strange[0])!r}, which is no safetensors file "
+                "beside it; download it again"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ConfigError(

@@ -19,6 +19,7 @@ from sdp_llm.engine import SDPEngine, initialize
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
+from sdp_llm.sharding.consistency import differing_units
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.inputs import Inputs
@@ -58,6 +59,10 @@ class Backend(Protocol):
 
     def must_stop(self) -> bool:
         """Whether one of the processes was asked to stop. Collective."""
+        ...
+
+    def differing_units(self) -> dict[str, list[list[int]]]:
+        """The units whose weights differ between ranks, and which ranks agree. Collective."""
         ...
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
@@ -131,6 +136,9 @@ class EngineBackend:
             if self.world_size > 1:
                 dist.all_reduce(flag, dist.ReduceOp.MAX)
             return bool(flag)
+
+    def differing_units(self) -> dict[str, list[list[int]]]:
+        return differing_units(self.engine.sharded)
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
         return self.engine.evaluate(samples, micro_batch, self._eos_id, self.must_stop)
@@ -224,6 +232,10 @@ class SimulationBackend:
     def must_stop(self) -> bool:
         """Never: it is one process that any signal ends."""
         return False
+
+    def differing_units(self) -> dict[str, list[list[int]]]:
+        """None: the workers share their weights."""
+        return {}
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
         parts = [part.to(self._device) for part in samples.split(micro_batch)]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sdp_llm.activity import ACTIVITY, END
+from sdp_llm.launched import Launched, check_devices, count_in
 
 
 def device_type() -> str:
@@ -17,8 +18,13 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() and not is_off else "cpu"
 
 
-def prepare() -> None:
-    """Set up this process; before transformers and DeepSpeed are imported."""
+def prepare(here: Launched | None = None) -> None:
+    """Set up this process; before transformers and DeepSpeed are imported.
+
+    :param here: the rank that this process is going to be; None: none, nothing was launched.
+    :raises ConfigError: when it has no device, or the environment has no number where one must be.
+    """
+    check_devices(here or Launched(), os.environ, torch.cuda.device_count())
     # Training reads local files only.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,7 +32,8 @@ def prepare() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Launchers start one process per rank with a thread per core each, or with one thread.
         # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        name = next((n for n in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if os.environ.get(n)), None)
+        ranks_here = count_in(os.environ, name, 1) if name else 1
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     # DeepSpeed sets its level when it is imported; a filter outlives that.

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
+from sdp_llm.config import BatchSizes, RunConfig, check_warmup, require_pretraining, resolve_batch
 from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule
-from sdp_llm.subnetwork.adapter import empty_model
+from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.measure import load_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained
+from sdp_llm.tokenizer import read_tokenizer
 from sdp_llm.training.budget import check_memory, run_schedule
 from sdp_llm.training.corpora import (
     blend,
@@ -56,9 +56,10 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     batch = resolve_batch(run, world_size)
     model = load_model_config(run.model.config)
     text = model.get_text_config()
+    # Building a model changes its config.
+    whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
+    model_layout(whole)
     if run.model.init_from is not None:
-        # Building a model changes its config.
-        whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
         open_pretrained(run.model.init_from, whole)
     length = run.data.sequence_length
     positions = getattr(text, "max_position_embeddings", None)
@@ -68,6 +69,8 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
             f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
         )
     schedule = run_schedule(run, model, batch, world_size)
+    if run.scheduler is not None:
+        check_warmup(run.scheduler, schedule.total_steps)
     training, validation = open_training(run.data), open_validation(run.data)
     corpora = training | validation
     train = blend(run.data, list(training.values()), batch.global_batch)
@@ -95,21 +98,8 @@ def load_tokenizer(folder: str) -> Any:
 
     :raises ConfigError: when there is none.
     """
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            f"data.tokenizer = {json.dumps(folder)}: no such folder; "
-            "make one with python data_prep/train_tokenizer.py"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"data.tokenizer = {json.dumps(folder)}: not a tokenizer: {reason}; "
-            "make one with python data_prep/train_tokenizer.py"
-        ) from error
+    key = f"data.tokenizer = {json.dumps(folder)}"
+    return read_tokenizer(folder, key, "make one with python data_prep/train_tokenizer.py")
 
 
 def target_bytes(tokenizer: Any, samples: Any) -> int:

@@ -63,7 +63,7 @@ class Meter:
         now, peak = memory()
         means = self._total / self._steps
         sizes = torch.tensor([now, peak], dtype=torch.float64, device=means.device)
-        rows = _gathered(torch.cat([means, sizes]))
+        rows = gathered(torch.cat([means, sizes]))
         losses, memories = rows[:, :-2], rows[:, -2:]
         low, high = memories.min(0).values.tolist(), memories.max(0).values.tolist()
         result = Reduced(
@@ -79,7 +79,8 @@ class Meter:
         return result
 
 
-def _gathered(row: Tensor) -> Tensor:
+def gathered(row: Tensor) -> Tensor:
+    """The 1-D tensors of all ranks, equally long, as rows ``[ranks, length]``. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return row[None]
     rows = row.new_empty(dist.get_world_size(), len(row))

@@ -78,7 +78,13 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
                 f"{path}: written by another loop than launch/pretrain.py, it does not say which "
                 "data come next; load it with engine.load_checkpoint in that loop"
             )
-        position = Position(**client_state["trainer"])
+        try:
+            position = Position(**client_state["trainer"])
+        except TypeError as error:
+            raise ConfigError(
+                f"{path}: its position in the run cannot be read: {error}; load it with the "
+                "version of sdp_llm that wrote it"
+            ) from error
         saved = read_state(path)
         return Start(position, path, (*skipped, *_changes(saved, run, inputs, position.step)))
     if skipped:
@@ -87,7 +93,10 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
             "training.run_dir"
         )
     if is_given:
-        raise ConfigError(f"--resume {resume}: no checkpoint there; name one, such as .../step-100")
+        raise ConfigError(
+            f"--resume {resume}: no checkpoint there; name one, such as .../step-100, or give auto "
+            "or none"
+        )
     return Start(Position(), None)
 
 

@@ -85,11 +85,19 @@ class Saver:
         self._save_seconds = size / backend.world_size / ASSUMED_BYTES_PER_S
         self._steps_seen = 0
         self._has_warned = False
+        self._is_owed = False
 
-    def is_due(self, step: int, is_last: bool) -> bool:
-        """Whether a checkpoint is due after this step."""
+    def is_due(self, step: int, is_last: bool, was_skipped: bool = False) -> bool:
+        """Whether a checkpoint is due after this step; to be asked after each.
+
+        After a step that was skipped none is, and it is owed by the next step that is not: what
+        comes before a non-finite step may be bad already, and must not push out a good one.
+        """
         interval = self._config.save_interval
-        return interval > 0 and (is_last or step % interval == 0) and step != self._saved_step
+        is_due = interval > 0 and (is_last or self._is_owed or step % interval == 0)
+        is_due = is_due and step != self._saved_step
+        self._is_owed = is_due and was_skipped and not is_last
+        return is_due and not self._is_owed
 
     def save(self, position: Position, total_steps: int, *, can_wait: bool = False) -> str | None:
         """Write a checkpoint and remove those that are no longer kept. Collective.

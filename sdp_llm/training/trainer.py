@@ -12,12 +12,13 @@ from torch import Tensor
 from sdp_llm.activity import ACTIVITY, DATA, LOG, VALIDATE
 from sdp_llm.config import RunConfig
 from sdp_llm.data.sampler import rank_slice, validation_samples
-from sdp_llm.errors import Interrupted, TrainingStopped
+from sdp_llm.errors import Interrupted
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.plan import Phase
 from sdp_llm.training.backends import Backend, Step
 from sdp_llm.training.batches import StepBatches, read_batches
 from sdp_llm.training.environment import device_type
+from sdp_llm.training.health import Health
 from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
 from sdp_llm.training.metrics import Meter
 from sdp_llm.training.position import Position
@@ -56,6 +57,7 @@ class Trainer:
         self._saver = saver
         self._phase: Phase | None = None
         self._meter = Meter()
+        self._health = Health(run, inputs, backend, folder, self.say, self.position)
         self._lines = 0
         self._validation = self._validation_tokens()
         self._validation_bytes = self._count_bytes()
@@ -69,8 +71,8 @@ class Trainer:
         """Train to the end of the budget, validate and export. Collective.
 
         :returns: False when it was asked to stop, and saved, before the end.
-        :raises TrainingStopped: on every rank, after too many non-finite gradients in a row, or
-            when it was asked to stop and cannot save.
+        :raises TrainingStopped: on every rank, after too many non-finite gradients in a row, when
+            ranks have different weights of one unit, or when it was asked to stop and cannot save.
         """
         # A validation that was due when the run was stopped comes first.
         must_stop = self.backend.must_stop() or not self._validate_if_due()
@@ -102,9 +104,12 @@ class Trainer:
         self.position.samples += batch
         self.position.tokens += batch * self.inputs.train.sequence_length
         self._count_skipped(result)
+        self._health.look(result, self.position)
         must_stop = result.must_stop or not self._validate_if_due()
         is_last = self.step == self.total_steps
-        is_save_due = self._saver is not None and self._saver.is_due(self.step, is_last)
+        is_save_due = self._saver is not None and self._saver.is_due(
+            self.step, is_last, result.is_skipped
+        )
         # What was measured up to a checkpoint or to the end of a phase is logged before it.
         is_log_due = self.step % self.run.steps_per_print == 0 or self.step == phase.stop
         if is_last or is_log_due or is_save_due or must_stop:
@@ -224,13 +229,6 @@ class Trainer:
         position = self.position
         position.skipped += result.is_skipped
         position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.is_skipped else 0
-        limit = self.run.training.max_skipped_steps
-        if position.skipped_in_a_row >= limit:
-            raise TrainingStopped(
-                f"step {self.step}: the gradient was not finite in {limit} steps in a row "
-                f"(training.max_skipped_steps = {limit}); lower the learning rate or look at the "
-                "data"
-            )
 
     def _validation_tokens(self) -> Tensor | None:
         """This process's part of the validation samples, ``[samples, sequence + 1]``."""

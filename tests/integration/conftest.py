@@ -61,11 +61,6 @@ class Tiny:
     config: Path
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 def make_tiny(folder: Path) -> Tiny:
     """Write the files; ``folder`` exists."""
     made = Tiny(

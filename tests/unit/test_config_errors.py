@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdp_llm.config import load_config, parse_config
+from sdp_llm.config import parse_config
 from sdp_llm.errors import ConfigError
 from tests.unit.test_config import BASE, changed
 
@@ -191,39 +190,3 @@ def test_wrong_overrides(override: str, words: list[str]) -> None:
 
 def test_override_below_a_value_that_is_no_object() -> None:
     assert "sdp = 3: expected an object" in message_of({"sdp": 3}, ("sdp.coverage=1",))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"sdp": {"coverage": 0.5,}}', ["line 1, column"]),
-        ('{\n "sdp": }', ["line 2, column 9"]),
-        ('{"seed": 1, "seed": 2}', ["seed", "given twice"]),
-        ('{"gradient_clipping": NaN}', ["NaN", "not a JSON number"]),
-        ('{"gradient_clipping": -Infinity}', ["-Infinity"]),
-        ('{"gradient_clipping": 1e999}', ["gradient_clipping"]),
-        ("[1]", ["top level must be a JSON object"]),
-        ("", ["line 1, column 1"]),
-        ("[" * 100_000, ["not valid JSON"]),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_wrong_files(tmp_path: Path, text: str, words: list[str]) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    for word in words:
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such config file"):
-        load_config(tmp_path / "absent.json")
-    with pytest.raises(ConfigError, match="cannot read the config file"):
-        load_config(tmp_path)
-    binary = tmp_path / "binary.json"
-    binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not UTF-8"):
-        load_config(binary)

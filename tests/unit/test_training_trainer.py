@@ -271,7 +271,7 @@ def test_it_stops_after_too_many_skipped_steps_in_a_row(
     assert backend.exported == []
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("step 7: the gradient was not finite in 3 steps in a row")
+    assert message.startswith("step 7: the loss or gradient was not finite in 3 steps in a")
     assert "training.max_skipped_steps = 3" in message
     assert "lower the learning rate" in message
     assert "skipped 2" in capsys.readouterr().out  # in the line of step 4
@@ -289,7 +289,7 @@ def test_the_status_of_a_stopped_run_is_3(
     arguments = argparse.Namespace(debug=False)
     assert run_command("pretrain", lambda _: job.fit(), arguments) == 3
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("pretrain: error: step 2: the gradient was not finite in 2 steps")
+    assert line.startswith("pretrain: error: step 2: the loss or gradient was not finite in 2")
 
 
 def test_steps_that_are_skipped_now_and_then_are_counted(
