@@ -26,7 +26,7 @@ from sdp_llm.activity import ACTIVITY, END
 from sdp_llm.cli import STATUS, say_error
 from sdp_llm.errors import RankLost
 from sdp_llm.processes import GONE, STOPPED, ProcessId
-from sdp_llm.training.board import Board, Notice
+from sdp_llm.training.board import INTERVAL_S, Board, Notice
 from sdp_llm.training.lookout import (
     RankState,
     accusation,
@@ -138,6 +138,8 @@ class Watchdog:
             lines = reason.splitlines()
             where = f"rank {self._rank} failed in {ACTIVITY.phase} after step {ACTIVITY.step}"
             self._board.post(Notice(self._rank, f"{where}: {lines[0]}"))
+            if not isinstance(error, tuple(STATUS)):  # else its command leaves them time
+                time.sleep(2 * INTERVAL_S)  # rank 0 takes the store with it
         return self._lost or reason
 
     def _learn(self) -> str | None:
