@@ -37,7 +37,7 @@ class Watched(Started):
     def wait_for_training(self) -> list[psutil.Process]:
         """Until all ranks train; they in order of their ranks."""
         metrics = self.folder / "metrics.jsonl"
-        self.wait_until(lambda: metrics.exists() and len(steps_logged(self.folder)) >= 2)
+        self.wait_until(lambda: metrics.exists() and len(steps_logged(self.folder)) >= 2, 240)
         return sorted(ranks(self), key=lambda p: int(p.environ()["RANK"]))
 
     def ends(self, seconds: float) -> str:
@@ -171,8 +171,11 @@ def test_a_rank_whose_loader_stalls_is_named(
     lines = said(log)
     assert {0, 2, 3} <= lines.keys()
     for line in lines.values():
-        assert re.search(r"rank 1 \(pid \d+ on \S+\) .*last in data after step 4$", line), line
-        assert ("does not answer" in line) == (fault == "keep_lock")
+        # Who keeps the lock has not said that it reads data by now.
+        how = (
+            r"does not answer, last in .*" if fault == "keep_lock" else r"last in data after step 4"
+        )
+        assert re.search(rf"rank 1 \(pid \d+ on \S+\) {how}$", line), line
     assert re.search(r'faulty.py", line \d+ in slow', log)  # its own stacks
     assert "rank 1 " in status(run.folder)["reason"]
 
@@ -198,7 +201,7 @@ def test_a_rank_whose_loader_stalls_is_named(
         pytest.param(
             "absent",
             "1",
-            f"rank 1 of {RANKS} did not come within {TIMEOUT_S} s (training.step_timeout); ",
+            f"rank 1 of {RANKS} did not come within {3 * TIMEOUT_S} s (three times training.",
             marks=pytest.mark.slow,
         ),
     ],
@@ -212,7 +215,7 @@ def test_what_is_not_the_same_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = faulty(tiny, tmp_path / "run", monkeypatch, fault, rank)
-    run.end(90)
+    run.end(240)
     log = run.log.read_text()
     lines = said(log)
     assert sorted(lines) == [r for r in range(RANKS) if fault != "absent" or str(r) not in rank]
@@ -248,7 +251,7 @@ def test_a_port_that_is_taken(tiny: Tiny, tmp_path: Path) -> None:
     second = command(tiny, tmp_path / "two")
     second[1:1] = ["--master_port", "29613"]
     two = Watched(second, tmp_path / "two")
-    two.end(90)
+    two.end(240)
     lines = said(two.log.read_text())
     assert "MASTER_PORT = 29613: another process listens there; give each run a port" in lines[0]
     assert all("MASTER_PORT = 29613: another run on this machine" in lines[r] for r in lines if r)
