@@ -40,12 +40,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
-        from sdp_llm.training.watchdog import Watchdog
+        from sdp_llm.training.watchdog import FIRST_STEP_FACTOR, Watchdog
+
+        facts = facts_of(run, inputs, arguments.resume, here.world_size)
 
     assert run.training.run_dir is not None
-    patience = timedelta(seconds=run.training.step_timeout)
+    patience = timedelta(seconds=run.training.step_timeout * FIRST_STEP_FACTOR)
     store = meet(patience)
-    facts = facts_of(run, inputs, arguments.resume)
     processes = agree_on_start(store, here.rank, here.world_size, facts, patience)
     run_dir = Path(run.training.run_dir)
     with Watchdog(run.training.step_timeout, here.rank, processes, run_dir) as watchdog:

@@ -51,7 +51,7 @@ def meet(timeout: timedelta) -> dist.Store | None:
     has_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     launcher = launcher_of_this_rank()
     # The launcher by which ranks that take a free port find each other.
-    common = launcher if launcher is not None and _is_port_open(environment) else None
+    common = launcher if launcher is not None and _is_port_left_open(environment) else None
     if rank == 0 and not has_agent:
         store = _host(int(environment["MASTER_PORT"]) if common is None else 0, timeout)
         environment["MASTER_PORT"] = str(store.port)
@@ -94,7 +94,7 @@ def prefixed(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"sdp_llm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _is_port_open(environment: Mapping[str, str]) -> bool:
+def _is_port_left_open(environment: Mapping[str, str]) -> bool:
     """Whether no port was chosen, and none need be: all ranks of DeepSpeed's launcher are here."""
     is_one_machine = environment.get("LOCAL_SIZE") == environment["WORLD_SIZE"]
     return is_one_machine and environment["MASTER_PORT"] == LAUNCHER_PORT

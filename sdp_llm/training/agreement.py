@@ -31,9 +31,9 @@ _MOST_SHOWN = 80
 Facts = Mapping[str, Any]
 
 
-def facts_of(run: RunConfig, inputs: Inputs, resume: str) -> Facts:
+def facts_of(run: RunConfig, inputs: Inputs, resume: str, world_size: int) -> Facts:
     """What must be the same on every rank, by what a person calls it; JSON only."""
-    found: dict[str, Any] = {"world size": os.environ["WORLD_SIZE"]}
+    found: dict[str, Any] = {"world size": world_size}
     found |= {f"version of {name}": version for name, version in versions().items()}
     found["source of sdp_llm (SHA-256)"] = source_hash()
     found["device"] = device_type()
@@ -125,13 +125,13 @@ def agree_on_start(
     if rank == 0:
         store.set("started", json.dumps(_compare(store, world_size, timeout)))
     try:
-        # Rank 0 says within the timeout who has not come; it came itself, perhaps later than this.
+        # Rank 0 has come, and says within the timeout who has not.
         store.wait(["started"], timeout * 2)
         verdict = json.loads(store.get("started"))
     except dist.DistError as error:
         raise ConfigError(
-            f"rank 0 came and did not compare the ranks within {timeout * 2}; look what became of "
-            "it"
+            "rank 0 came, but did not compare the ranks within "
+            f"{2 * timeout.total_seconds():.0f} s; look what became of it"
         ) from error
     if verdict["problem"] is not None:
         raise ConfigError(verdict["problem"])
@@ -146,8 +146,8 @@ def _compare(store: dist.Store, world_size: int, timeout: timedelta) -> dict[str
         if time.monotonic() > end:
             return {
                 "problem": f"{say_ranks(missing)} of {world_size} did not come within "
-                f"{timeout.total_seconds():.0f} s (training.step_timeout); look what became of "
-                "them and whether each machine starts its ranks"
+                f"{timeout.total_seconds():.0f} s (three times training.step_timeout); look what "
+                "became of them and whether each machine starts its ranks"
             }
         time.sleep(0.05)
     entries = [json.loads(store.get(key)) for key in keys]

@@ -93,7 +93,7 @@ class Board:
                 self._exchange(store)
                 self._changed.wait(INTERVAL_S)
                 self._changed.clear()
-        except (dist.DistError, ConfigError):  # it is gone, as is_dead() will say
+        except (dist.DistError, ConfigError):  # it is gone, and nothing is read any more
             return
 
     def _exchange(self, store: dist.Store) -> None:

@@ -26,7 +26,7 @@ from sdp_llm.activity import ACTIVITY, END
 from sdp_llm.cli import STATUS, say_error
 from sdp_llm.errors import RankLost
 from sdp_llm.processes import GONE, STOPPED, ProcessId
-from sdp_llm.training.board import Board, Notice
+from sdp_llm.training.board import INTERVAL_S, Board, Notice
 from sdp_llm.training.lookout import (
     RankState,
     accusation,
@@ -87,6 +87,8 @@ class Watchdog:
         self._times_gone: Counter[int] = Counter()
         self._next_look = 0.0
         self._verdict: Notice | None = None
+        # What this rank ends for, and the same where another one is to blame.
+        self._reason: str | None = None
         self._lost: str | None = None
         self._stopped = threading.Event()
         here = processes[rank].machine
@@ -129,16 +131,15 @@ class Watchdog:
 
         Otherwise the other ranks are told.
         """
-        if self._lost is not None:
-            return self._lost
-        reason = f"{type(error).__name__}: {error}"
-        if ACTIVITY.wait is not None:
-            self._lost = self._learn()
-        if self._lost is None and self._board is not None and isinstance(error, Exception):
-            lines = reason.splitlines()
-            where = f"rank {self._rank} failed in {ACTIVITY.phase} after step {ACTIVITY.step}"
-            self._board.post(Notice(self._rank, f"{where}: {lines[0]}"))
-        return self._lost or reason
+        if self._reason is None:
+            self._lost = self._learn() if ACTIVITY.wait is not None else None
+            self._reason = self._lost or f"{type(error).__name__}: {error}"
+            if self._lost is None and self._board is not None:
+                where = f"rank {self._rank} failed in {ACTIVITY.phase} after step {ACTIVITY.step}"
+                self._board.post(Notice(self._rank, f"{where}: {self._reason.splitlines()[0]}"))
+                if not isinstance(error, tuple(STATUS)):  # else its command leaves them time
+                    time.sleep(2 * INTERVAL_S)  # rank 0 takes the store with it
+        return self._reason
 
     def _learn(self) -> str | None:
         end = time.monotonic() + LEARN_S

@@ -23,11 +23,13 @@ MORE_S = 15
 FOREVER = 100_000
 
 
-def command(tiny: Tiny, folder: Path, *, entry: str = "launch/pretrain.py") -> list[str | Path]:
+def command(
+    tiny: Tiny, folder: Path, *, entry: str = "launch/pretrain.py", world_size: int = RANKS
+) -> list[str | Path]:
     overrides = [f"training.run_dir={folder}", f"training.steps={FOREVER}", "scheduler=null"]
     overrides += ["training.eval_interval=0", "training.eval_samples=4", "training.export=false"]
     overrides += [f"training.step_timeout={TIMEOUT_S}", "training.save_interval=0"]
-    launcher = [script("deepspeed"), "--num_accelerators", str(RANKS), entry]
+    launcher = [script("deepspeed"), "--num_accelerators", str(world_size), entry]
     return [*launcher, "--deepspeed_config", tiny.config, "--set", *overrides]
 
 
@@ -37,7 +39,7 @@ class Watched(Started):
     def wait_for_training(self) -> list[psutil.Process]:
         """Until all ranks train; they in order of their ranks."""
         metrics = self.folder / "metrics.jsonl"
-        self.wait_until(lambda: metrics.exists() and len(steps_logged(self.folder)) >= 2)
+        self.wait_until(lambda: metrics.exists() and len(steps_logged(self.folder)) >= 2, 240)
         return sorted(ranks(self), key=lambda p: int(p.environ()["RANK"]))
 
     def ends(self, seconds: float) -> str:
@@ -99,7 +101,7 @@ def check_stopped(run: Watched, hurt: int) -> str:
     pid = processes[hurt].pid
     processes[hurt].send_signal(signal.SIGSTOP)
     log = run.ends(TIMEOUT_S + MORE_S)
-    living = [rank for rank in range(RANKS) if rank != hurt]
+    living = [rank for rank in range(len(processes)) if rank != hurt]
     lines = said(log)
     assert sorted(lines) == living, log
     for rank in living:
@@ -110,19 +112,31 @@ def check_stopped(run: Watched, hurt: int) -> str:
         assert f"stacks of rank {rank} " in log
     assert status(run.folder)["state"] == "failed"
     assert f"rank {hurt} (pid {pid} on " in status(run.folder)["reason"]
-    assert "exits with return code = 4" in log
     return log
 
 
-def test_a_stopped_rank_is_named_and_ended(run: Watched) -> None:
+def test_a_stopped_rank_is_named_and_ended(tiny: Tiny, tmp_path: Path) -> None:
+    run = Watched(command(tiny, tmp_path / "run", world_size=2), tmp_path / "run")
+    try:
+        log = check_stopped(run, 1)
+    finally:
+        kill(run)
+    assert len(re.findall("^> +1 .* stopped ", log, re.MULTILINE)) == 1, log
+    assert len(re.findall("^ +0 .* running ", log, re.MULTILINE)) == 1, log
+
+
+@pytest.mark.slow
+def test_one_of_four_is_stopped(run: Watched) -> None:
     log = check_stopped(run, 2)
     assert len(re.findall("^> +2 .* stopped ", log, re.MULTILINE)) == 1, log
     assert len(re.findall("^ +[013] .* running ", log, re.MULTILINE)) == 3, log
+    assert "exits with return code = 4" in log
 
 
 @pytest.mark.slow
 def test_rank_0_which_keeps_the_store_is_stopped(run: Watched) -> None:
     log = check_stopped(run, 0)
+    assert "exits with return code = 4" in log
     assert log.count("the ranks' store does not answer") >= 3
 
 
@@ -171,8 +185,11 @@ def test_a_rank_whose_loader_stalls_is_named(
     lines = said(log)
     assert {0, 2, 3} <= lines.keys()
     for line in lines.values():
-        assert re.search(r"rank 1 \(pid \d+ on \S+\) .*last in data after step 4$", line), line
-        assert ("does not answer" in line) == (fault == "keep_lock")
+        # Who keeps the lock has not said that it reads data by now.
+        how = (
+            r"does not answer, last in .*" if fault == "keep_lock" else r"last in data after step 4"
+        )
+        assert re.search(rf"rank 1 \(pid \d+ on \S+\) {how}$", line), line
     assert re.search(r'faulty.py", line \d+ in slow', log)  # its own stacks
     assert "rank 1 " in status(run.folder)["reason"]
 
@@ -180,6 +197,7 @@ def test_a_rank_whose_loader_stalls_is_named(
 # -- the start ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "rank", "line"),
     [
@@ -189,17 +207,15 @@ def test_a_rank_whose_loader_stalls_is_named(
             "the ranks differ in training.seed: 5 on rank 2, 1234 on ranks 0, 1, 3; start every "
             "rank with the same files, packages and arguments",
         ),
-        pytest.param(
+        (
             "other_packages",
             "0,1",
-            r'the ranks differ in version of deepspeed: "9.9" on ranks 0, 1, ',
-            marks=pytest.mark.slow,
+            'the ranks differ in version of deepspeed: "9.9" on ranks 0, 1, ',
         ),
-        pytest.param(
+        (
             "absent",
             "1",
-            f"rank 1 of {RANKS} did not come within {TIMEOUT_S} s (training.step_timeout); ",
-            marks=pytest.mark.slow,
+            f"rank 1 of {RANKS} did not come within {3 * TIMEOUT_S} s (three times training.",
         ),
     ],
 )
@@ -212,7 +228,7 @@ def test_what_is_not_the_same_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = faulty(tiny, tmp_path / "run", monkeypatch, fault, rank)
-    run.end(90)
+    run.end(240)
     log = run.log.read_text()
     lines = said(log)
     assert sorted(lines) == [r for r in range(RANKS) if fault != "absent" or str(r) not in rank]
@@ -248,7 +264,7 @@ def test_a_port_that_is_taken(tiny: Tiny, tmp_path: Path) -> None:
     second = command(tiny, tmp_path / "two")
     second[1:1] = ["--master_port", "29613"]
     two = Watched(second, tmp_path / "two")
-    two.end(90)
+    two.end(240)
     lines = said(two.log.read_text())
     assert "MASTER_PORT = 29613: another process listens there; give each run a port" in lines[0]
     assert all("MASTER_PORT = 29613: another run on this machine" in lines[r] for r in lines if r)

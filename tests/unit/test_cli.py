@@ -11,7 +11,7 @@ import pytest
 
 from sdp_llm import cli
 from sdp_llm.cli import run_command, until_checked
-from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,7 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], None]:
     [
         (ConfigError("x = 1: wrong"), 2, "job: error: x = 1: wrong\n"),
         (TrainingStopped("step 3: no"), 3, "job: error: step 3: no\n"),
+        (RankLost("rank 2 is gone"), 4, "job: error: rank 2 is gone\n"),
         (KeyboardInterrupt(), 130, "job: interrupted\n"),
     ],
 )
