@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.checkpoint.coverage import coverage_error, parse_key
+from sdp_llm.checkpoint.find import is_plain_name
 from sdp_llm.checkpoint.load import CheckpointReader
 from sdp_llm.checkpoint.save import MANIFEST
 from sdp_llm.checkpoint.stream import read_header
@@ -64,9 +65,10 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of the manifest; none where it is damaged, of which the reader tells more."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: {"bytes": e["bytes"], "sha256": e["sha256"]} for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = {name: {"bytes": e["bytes"], "sha256": e["sha256"]} for name, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    return found if all(map(is_plain_name, found)) else {}
 
 
 def _file_problems(path: Path, expected: dict[str, Any]) -> Iterator[str]:

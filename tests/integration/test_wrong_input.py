@@ -87,7 +87,7 @@ def test_one_of_each_category(scene: Scene) -> None:
             with_overrides(scene, data.CASES, "missing corpus"),
             with_overrides(scene, tokenizer.CASES, "larger than the vocabulary"),
             (environment, ["WORLD_SIZE = two: the environment must have an integer ≥ 1"]),
-            (slip, ["unrecognized arguments: --resum; did you mean --resume?"]),
+            (slip, ["unrecognized arguments: --resum none; did you mean --resume?"]),
             (missing, ["--resume nowhere: no checkpoint there; name one"]),
         ],
         scene,

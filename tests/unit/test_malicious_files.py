@@ -25,6 +25,7 @@ from data_prep._reading import read_records, read_rows
 from data_prep._source import find_source
 from sdp_llm.checkpoint.coverage import MASTER, tensor_key
 from sdp_llm.checkpoint.find import find_checkpoint
+from sdp_llm.checkpoint.inspection import inspect_checkpoint
 from sdp_llm.checkpoint.load import CheckpointReader, latest_tag
 from sdp_llm.checkpoint.save import seal
 from sdp_llm.checkpoint.together import sha256_of
@@ -248,6 +249,8 @@ def test_a_manifest_that_leads_out_of_its_folder(
     resealed(checkpoint, {name: outside})
     with pytest.raises(ConfigError, match="does not describe files"):
         reader_of(checkpoint)
+    [problem] = inspect_checkpoint(checkpoint).problems
+    assert "does not describe files" in problem
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc", "", "..", "a\0b"])

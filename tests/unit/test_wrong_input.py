@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from sdp_llm.errors import ConfigError
+from sdp_llm.config import parse_config
+from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.training.backends import Step
+from sdp_llm.training.health import Health
+from sdp_llm.training.position import Position
 from sdp_llm.versions import OLDEST
 from tests.conftest import ROOT
 from tests.integration.conftest import Tiny
+from tests.unit.test_training_trainer import Notes
 from tests.wrong import checkpoint, command_line, config, data, environment, tokenizer
-from tests.wrong.scene import Scene, Wrong, check, write_scene
+from tests.wrong.scene import Scene, Wrong, check, write_corpus, write_model, write_scene
 
 PARTS = (config, data, tokenizer, checkpoint, environment, command_line)
 WRONG: list[Wrong] = [case for part in PARTS for case in part.CASES]
 
-LONGEST = 320  # characters, with short paths
+LONGEST = 340  # characters, with short paths
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +66,39 @@ def test_the_message(
 def test_what_is_right_passes(scene: Scene, tmp_path: Path) -> None:
     check(scene.tiny.config, [f"training.run_dir={tmp_path / 'run'}"], world_size=2)
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_readme_shows_what_the_program_says(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of "When something goes wrong", from files of the names that they have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_corpus(Path("data/web"), 1000, largest=400)
+    write_model(Path("model"))
+    (tmp_path / "runs" / "held").mkdir(parents=True)
+    (tmp_path / "runs" / "held" / "metrics.jsonl").touch()
+    said = []
+    for overrides in (
+        ["training.step=5"],
+        ["train_batch_size=9"],
+        ["data.train=data/web", "model.config=model/config.json", "data.validation=null"],
+        ["training.run_dir=runs/held"],
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check(scene.tiny.config, overrides, world_size=2)
+        said.append(str(caught.value))
+    inputs: Any = None
+    folder: Any = None
+    health = Health(parse_config({}), inputs, Notes(), folder, print, Position())
+    position = Position(step=412, skipped_in_a_row=20)
+    with pytest.raises(TrainingStopped) as stopped:
+        health.look(Step(torch.zeros(1), 1.0, False), position)
+    said.append(str(stopped.value))
+    [section] = re.findall(
+        r"## When something goes wrong\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert re.findall(r"```\n(.*?)\n```", section) == said
 
 
 def test_every_category_has_its_share() -> None:
