@@ -1,0 +1,146 @@
+"""The page: everything in one file, nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+
+from sdp_llm.report.chart import Chart
+from sdp_llm.report.draw import draw, points_json
+from sdp_llm.report.figures import loss_charts, step_charts
+from sdp_llm.report.gradients import gradient_cards
+from sdp_llm.report.picture import LEGEND, draw_plans, fits, phases_of_record
+from sdp_llm.report.record import Record
+from sdp_llm.report.svg import asset, tag
+from sdp_llm.report.table import table_html
+
+COLORS = 6  # in style.css; further runs take them again
+WIDE, HALF = (1130, 360), (540, 250)  # pixels
+# The browser itself refuses whatever is not in the file.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(records: Sequence[Record], made: str) -> str:
+    """The HTML of the report.
+
+    :param made: when, for the foot of the page.
+    """
+    runs = list(records)
+    names = ", ".join(record.name for record in runs)
+    charts = [_recoloured(chart) for chart in step_charts(runs)]
+    cards = [
+        _loss_card({axis: _recoloured(chart) for axis, chart in loss_charts(runs).items()}),
+        *(_chart_card(chart, has_legend=len(runs) > 1) for chart in charts),
+        *(_plan_card(record, len(runs) > 1) for record in runs),
+        *(card for record in runs for card in gradient_cards(record, len(runs) > 1)),
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(names)}</title>
+<style>
+{asset("style.css")}</style>
+</head>
+<body>
+<main>
+<header><h1>{escape(names)}</h1><p>{"Pretraining runs" if len(runs) > 1 else "Pretraining run"} \
+with Subnetwork Data Parallelism</p></header>
+<section class="cards">
+<section class="card wide">{table_html(runs)}</section>
+{"".join(cards)}
+</section>
+<footer>{escape(_foot(runs, made))}</footer>
+</main>
+<div id="tip"></div>
+<script>
+{asset("hover.js")}</script>
+</body>
+</html>
+"""
+
+
+def _recoloured(chart: Chart) -> Chart:
+    series = tuple(replace(each, color=each.color % COLORS) for each in chart.series)
+    return replace(chart, series=series)
+
+
+def _foot(records: Sequence[Record], made: str) -> str:
+    commits = {str(record.environment.get("commit") or "unknown")[:12] for record in records}
+    return f"Made {made}. Code of the runs: commit {', '.join(sorted(commits))}."
+
+
+def _figure(chart: Chart, size: tuple[int, int]) -> str:
+    return (
+        f'<div class="chart">{draw(chart, *size)}'
+        f'<script type="application/json">{points_json(chart, *size)}</script></div>'
+    )
+
+
+def _title(title: str, unit: str) -> str:
+    return f"<h2>{escape(title)}<span>{escape(unit)}</span></h2>"
+
+
+def _loss_card(charts: dict[str, Chart]) -> str:
+    """The loss, with a choice of horizontal axes that needs no script."""
+    inputs, labels, panels = [], [], []
+    for i, (axis, chart) in enumerate(charts.items()):
+        checked = " checked" if i == 0 else ""
+        inputs.append(f'<input class="tab" type="radio" name="axis" id="tab-{i}"{checked}>')
+        labels.append(f'<label for="tab-{i}">{axis}</label>')
+        panels.append(f'<div class="panel panel-{i}">{_figure(chart, WIDE)}</div>')
+    first = next(iter(charts.values()))
+    return (
+        f'<section class="card wide">{"".join(inputs)}{_title(first.title, first.unit)}'
+        f'<div class="tabs">{"".join(labels)}</div>{_loss_legend(first)}{"".join(panels)}</section>'
+    )
+
+
+def _chart_card(chart: Chart, *, has_legend: bool) -> str:
+    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+    legend = _legend(chart) if has_legend or any(s.is_dashed for s in chart.series) else ""
+    title = _title(chart.title, chart.unit)
+    return f'<section class="card">{title}{legend}{_figure(chart, HALF)}{note}</section>'
+
+
+def _legend(chart: Chart) -> str:
+    items = []
+    for series in chart.series:
+        kind = "round" if series.has_marks else "dashes" if series.is_dashed else "stroke"
+        items.append(f'<span><i class="{kind} s{series.color}"></i>{escape(series.name)}</span>')
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _loss_legend(chart: Chart) -> str:
+    """A colour for each run, and once which line is what."""
+    if len({series.color for series in chart.series}) == 1:
+        return _legend(chart)
+    runs = {series.color: series.name.rpartition(",")[0] for series in chart.series}
+    items = [
+        f'<span><i class="stroke s{color}"></i>{escape(name)}</span>'
+        for color, name in runs.items()
+    ]
+    items.append('<span><i class="stroke"></i>training</span>')
+    if any(series.has_marks for series in chart.series):
+        items.append('<span><i class="round"></i>validation</span>')
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _plan_card(record: Record, are_several: bool) -> str:
+    """Who owns what, phases side by side as far as they fit."""
+    phases = phases_of_record(record.plan)
+    if not phases:
+        return ""
+    is_small = fits(phases, HALF[0])
+    width = (HALF if is_small else WIDE)[0]
+    group, height = draw_plans(phases, width)
+    picture = tag("svg", group, viewBox=f"0 0 {width} {height:g}", role="img")
+    legend = "".join(
+        f'<span><i class="box {kind}"></i>{name}</span>' for kind, name in LEGEND.items()
+    )
+    title = _title("Who trains what", record.name if are_several else "")
+    kind = "card" if is_small else "card wide"
+    return f'<section class="{kind}">{title}<div class="legend">{legend}</div>{picture}</section>'
