@@ -133,6 +133,12 @@ class TrainingConfig:
     )
     export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
     decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
+    gradient_interval: int = key(
+        COUNT,
+        "steps between measurements of each unit's gradient: its norm, and the cosine similarity "
+        "of its owners'; such a step sends gradients twice; 0: none",
+        0,
+    )
     timeout_minutes: int = key(POSITIVE, "minutes until a collective that hangs is an error", 30)
     max_skipped_steps: int = key(
         POSITIVE, "steps in a row with non-finite gradients until training stops", 20
