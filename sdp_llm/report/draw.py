@@ -57,7 +57,7 @@ def frame_of(chart: Chart, width: int, height: int) -> Frame:
     right = width - RIGHT - (END_VALUES if chart.has_end_values else 0)
     xs = [x for series in chart.series for x in series.x if math.isfinite(x)]
     low, high = (min(xs), max(xs)) if xs else (0.0, 1.0)
-    low = 0.0 if low < 0.2 * high else low
+    low = 0.0 if low < 0.5 * high else low
     x = Scale(low, high if high > low else low + 1.0, LEFT, right)
     ys = [y for series in chart.series for y in _values(series)]
     y = Scale(
@@ -117,7 +117,7 @@ def _grid(frame: Frame) -> list[str]:
         parts.append(tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
         shown = tick_text(tick, y_ticks)
         parts.append(text(shown, left - 8, y + 4, class_="tick", text_anchor="end"))
-    x_ticks = frame.x.ticks(max(5, int((right - left) / 75)))
+    x_ticks = frame.x.ticks(max(5, int((right - left) / 62)))
     for tick in x_ticks:
         x = frame.x(tick)
         parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))

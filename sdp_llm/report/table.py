@@ -45,7 +45,8 @@ def progress_text(record: Record) -> str:
     """How far a run has come and how it ended."""
     total = record.total_steps
     text = f"{record.step:,} of {total:,} steps" if total else f"{record.step:,} steps"
-    ending = _ENDINGS.get(str(record.status.get("state")), "")
+    state = str(record.status.get("state", ""))
+    ending = _ENDINGS.get(state, state)
     return f"{text}, {ending}" if ending else text
 
 

@@ -125,7 +125,7 @@ def report(worst: Compared, step: int) -> list[str]:
         for name, (p, m) in pairs.items()
     ]
     title = f"memory after step {step}, {unit}"
-    lines = ["", *table(title, ["predicted", "measured", "ratio"], rows).splitlines()]
+    lines = [*table(title, ["predicted", "measured", "ratio"], rows).splitlines()]
     note = f"of rank {worst.rank}, the furthest off"
     if PEAK not in worst.predicted:
         note += "; activations and buffers cannot be measured on the CPU"

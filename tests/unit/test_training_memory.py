@@ -41,7 +41,7 @@ def test_it_is_compared_once_after_the_second_step() -> None:
         ["weights", "40.0", "40.0", "1.000"],
         ["model", "state", "100", "100", "1.000"],
     ]
-    assert said[1].startswith("memory after step 2, MiB")
+    assert said[0].startswith("memory after step 2, MiB")
     assert not any("warning" in line for line in said)
     assert logged == [
         {
