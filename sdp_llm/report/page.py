@@ -10,13 +10,19 @@ from sdp_llm.report.chart import Chart
 from sdp_llm.report.draw import draw, points_json
 from sdp_llm.report.figures import loss_charts, step_charts
 from sdp_llm.report.gradients import gradient_cards
-from sdp_llm.report.picture import LEGEND, draw_plans, fits, phases_of_record
+from sdp_llm.report.picture import (
+    LEGEND,
+    PhasePicture,
+    draw_plans,
+    fits,
+    phases_of_record,
+)
 from sdp_llm.report.record import Record
 from sdp_llm.report.svg import asset, tag
 from sdp_llm.report.table import table_html
 
 COLORS = 6  # in style.css; further runs take them again
-WIDE, HALF = (1130, 360), (540, 250)  # pixels
+WIDE, LOW, HALF = (1130, 360), (1130, 250), (540, 250)  # pixels
 # The browser itself refuses whatever is not in the file.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -28,11 +34,17 @@ def page(records: Sequence[Record], made: str) -> str:
     """
     runs = list(records)
     names = ", ".join(record.name for record in runs)
+    phases = _phases(runs)
+    is_half = len(runs) == 1 and bool(phases) and fits(phases, HALF[0])
     charts = [_recoloured(chart) for chart in step_charts(runs)]
+    # Two stand side by side; the last has a row of its own where nothing stands beside it.
+    sizes = [HALF] * len(charts)
+    if (len(charts) + is_half) % 2 and charts:
+        sizes[-1] = LOW
     cards = [
         _loss_card({axis: _recoloured(chart) for axis, chart in loss_charts(runs).items()}),
-        *(_chart_card(chart, has_legend=len(runs) > 1) for chart in charts),
-        *(_plan_card(record, len(runs) > 1) for record in runs),
+        *(_chart_card(c, size, len(runs) > 1) for c, size in zip(charts, sizes, strict=True)),
+        _plan_card(phases, is_half),
         *(card for record in runs for card in gradient_cards(record, len(runs) > 1)),
     ]
     return f"""<!DOCTYPE html>
@@ -69,8 +81,14 @@ def _recoloured(chart: Chart) -> Chart:
 
 
 def _foot(records: Sequence[Record], made: str) -> str:
-    commits = {str(record.environment.get("commit") or "unknown")[:12] for record in records}
+    commits = {_short(str(record.environment.get("commit") or "unknown")) for record in records}
     return f"Made {made}. Code of the runs: commit {', '.join(sorted(commits))}."
+
+
+def _short(commit: str) -> str:
+    """A commit in 12 digits, with the mark of one whose files were changed."""
+    name, dash, mark = commit.partition("-")
+    return name[:12] + dash + mark
 
 
 def _figure(chart: Chart, size: tuple[int, int]) -> str:
@@ -99,11 +117,12 @@ def _loss_card(charts: dict[str, Chart]) -> str:
     )
 
 
-def _chart_card(chart: Chart, *, has_legend: bool) -> str:
+def _chart_card(chart: Chart, size: tuple[int, int], has_legend: bool) -> str:
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
     legend = _legend(chart) if has_legend or any(s.is_dashed for s in chart.series) else ""
     title = _title(chart.title, chart.unit)
-    return f'<section class="card">{title}{legend}{_figure(chart, HALF)}{note}</section>'
+    kind = "card" if size == HALF else "card wide"
+    return f'<section class="{kind}">{title}{legend}{_figure(chart, size)}{note}</section>'
 
 
 def _legend(chart: Chart) -> str:
@@ -129,18 +148,27 @@ def _loss_legend(chart: Chart) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _plan_card(record: Record, are_several: bool) -> str:
-    """Who owns what, phases side by side as far as they fit."""
-    phases = phases_of_record(record.plan)
+def _phases(records: Sequence[Record]) -> list[PhasePicture]:
+    """The phases of all runs, with the run's name where there are several."""
+    found = []
+    for record in records:
+        phases = phases_of_record(record.plan)
+        if len(records) > 1:
+            phases = [replace(phase, lines=(record.name, *phase.lines)) for phase in phases]
+        found += phases
+    return found
+
+
+def _plan_card(phases: Sequence[PhasePicture], is_half: bool) -> str:
+    """Who owns what, side by side as far as that fits."""
     if not phases:
         return ""
-    is_small = fits(phases, HALF[0])
-    width = (HALF if is_small else WIDE)[0]
+    width = (HALF if is_half else WIDE)[0]
     group, height = draw_plans(phases, width)
     picture = tag("svg", group, viewBox=f"0 0 {width} {height:g}", role="img")
     legend = "".join(
         f'<span><i class="box {kind}"></i>{name}</span>' for kind, name in LEGEND.items()
     )
-    title = _title("Who trains what", record.name if are_several else "")
-    kind = "card" if is_small else "card wide"
+    kind = "card" if is_half else "card wide"
+    title = _title("Who trains what", "")
     return f'<section class="{kind}">{title}<div class="legend">{legend}</div>{picture}</section>'

@@ -132,13 +132,13 @@ def _draw_plan(phase: PhasePicture, width: float) -> str:
         cells = {"owned": [b for b in owned if b not in phase.pinned]}
         cells["pinned"] = [b for b in owned if b in phase.pinned]
         cells["absent"] = [b for b in range(blocks) if b not in owned]
-        row = [
+        names = ", ".join(str(b) for b in owned)
+        row = [tag("title", f"rank {rank} owns {len(owned)} of {blocks} blocks: {names}")]
+        row += [
             tag("path", d=_cells(places, y, wide, high), class_=name)
             for name, places in cells.items()
             if places
         ]
-        names = ", ".join(str(b) for b in owned)
-        row.append(tag("title", f"rank {rank} owns {len(owned)} of {blocks} blocks: {names}"))
         if high >= 10 or rank % math.ceil(12 / high) == 0:
             middle = y + high / 2 + 4
             row.append(text(f"rank {rank}", LABELS - 8, middle, class_="tick", text_anchor="end"))

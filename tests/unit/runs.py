@@ -86,7 +86,7 @@ def make_run(
     files: dict[str, Any] = {
         "config": {"model": {"config": "configs/tiny.json"}, "sdp": {"coverage": "1/2"}},
         "plan": {"world_size": WORLD_SIZE, "phases": phases_of_plan},
-        "environment": {"commit": "0123456789abcdef"},
+        "environment": {"commit": "0123456789abcdef-dirty"},
         "status": {"state": state},
     }
     if is_known:

@@ -86,7 +86,7 @@ def test_the_page_has_every_part(tmp_path: Path) -> None:
     assert text.count("<title>rank 0 owns") == 2  # phases
     assert "step 40, block 1: 0.2000" in text
     assert "block 2: " not in text.split("Gradient norm by block")[0]  # it has one owner
-    assert "Made today. Code of the runs: commit 0123456789ab." in text
+    assert "Made today. Code of the runs: commit 0123456789ab-dirty." in text
 
 
 def test_the_values_under_the_pointer_are_the_runs(tmp_path: Path) -> None:
