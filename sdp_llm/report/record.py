@@ -63,7 +63,7 @@ def read_run(folder: Path, name: str) -> Record:
     """
     path = folder / "metrics.jsonl"
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             lines = _current(_objects(file))
     except OSError as error:
         raise ConfigError(

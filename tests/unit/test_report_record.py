@@ -45,6 +45,9 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "loss": 6.')  # the line is being written
     assert [e["step"] for e in read_run(folder, "run").training] == [5]
+    with (folder / "metrics.jsonl").open("ab") as torn:
+        torn.write(b"\xff\x00\n[1]\n")
+    assert [e["step"] for e in read_run(folder, "run").training] == [5]
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
