@@ -37,6 +37,7 @@ demo: data/demo/manifest.json
 		echo 'fewer than 4 GPUs: training on the CPU'; export DS_ACCELERATOR=cpu; \
 	else echo 'training on 4 GPUs'; fi; \
 	$(BIN)/deepspeed --num_accelerators 4 launch/pretrain.py --deepspeed_config configs/demo.json
+	$(BIN)/python launch/report.py runs/demo
 	$(BIN)/python launch/evaluate.py --deepspeed_config configs/demo.json --model runs/demo/model
 	$(BIN)/python launch/generate.py --model runs/demo/model --prompt 'Return the' 'This function' 'Raises'
 

@@ -32,17 +32,19 @@ def simulate(arguments: argparse.Namespace) -> None:
     import torch
 
     from sdp_llm.training.backends import SimulationBackend
+    from sdp_llm.training.prediction import predict
     from sdp_llm.training.run_folder import RunFolder
     from sdp_llm.training.summary import closing_lines, summary_card
     from sdp_llm.training.trainer import Trainer
 
     steps = inputs.schedule.total_steps
     folder = RunFolder(run, inputs.schedule, is_writer=True)
-    folder.begin()
+    prediction = predict(run, inputs)
+    folder.begin(0, prediction)
     device = torch.device(device_type())
     trainer = Trainer(run, inputs, SimulationBackend(run, inputs, device), folder, steps)
     if trainer.backend.rank == 0:
-        print(summary_card(run, inputs, steps), flush=True)
+        print(summary_card(run, inputs, steps, prediction), flush=True)
     trainer.fit()
     trainer.say(closing_lines(trainer))
 

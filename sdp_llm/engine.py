@@ -36,6 +36,7 @@ from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
+from sdp_llm.sharding.probe import GradientProbe
 from sdp_llm.sharding.rebuild import rebuild
 from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.unsupported import refuse_unsupported, unsupported
@@ -218,6 +219,10 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """End the reductions of the backward pass; ``bucket_size`` is the config's."""
         self._reducer.finish()
+
+    def probe_gradients(self, probe: GradientProbe | None) -> None:
+        """Show what is reduced from now on to ``probe``; None: to nothing."""
+        self._reducer.probe = probe
 
     def step(self, lr_kwargs: Any = None) -> None:
         """DeepSpeed's; then, where the schedule says so, the plan of the steps to come."""

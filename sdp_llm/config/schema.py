@@ -149,6 +149,12 @@ class TrainingConfig:
     )
     export: bool = key(BOOLEAN, "write a HuggingFace checkpoint at the end", True)
     decay_all: bool = key(BOOLEAN, "weight decay also on norms and biases", False)
+    gradient_interval: int = key(
+        COUNT,
+        "steps between measurements of each unit's gradient: its norm, and the cosine similarity "
+        "of its owners'; such a step sends gradients twice; 0: none",
+        0,
+    )
     step_timeout: int = key(
         POSITIVE,
         "seconds without the end of a step until the run ends and names the rank that hangs; three "

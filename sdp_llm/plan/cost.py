@@ -97,6 +97,11 @@ def sdp_cost(size: ModelSize, plan: Plan, setup: CostSetup) -> Cost:
     )
 
 
+def trained_numel(size: ModelSize, plan: Plan, rank: int) -> int:
+    """The parameters that one rank trains: the shared ones and those of its blocks."""
+    return sum(unit.numel for unit in size.units if rank in _owners(plan, unit))
+
+
 def rank_memory(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> MemoryCost:
     """The bytes that one rank holds."""
     owned = [unit for unit in size.units if rank in _owners(plan, unit)]

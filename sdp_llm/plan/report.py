@@ -9,7 +9,7 @@ import textwrap
 
 from sdp_llm.plan.analysis import PlanAnalysis, analyze
 from sdp_llm.plan.assignment import Plan
-from sdp_llm.plan.cost import Cost
+from sdp_llm.plan.cost import Cost, trained_numel
 from sdp_llm.plan.peers import peer_cost
 from sdp_llm.plan.phase_table import phase_table
 from sdp_llm.plan.render import render_ownership
@@ -98,10 +98,25 @@ def _headline(schedule: Schedule, size: ModelSize, setup: CostSetup, model: str)
         (
             f"{model}: {size.numel / 1e6:,.1f} M parameters, {blocks} blocks, "
             f"{dtypes[setup.weight_bytes]} weights, {dtypes[setup.reduction_bytes]} reductions",
+            _trained_line(schedule, size),
             f"{masking}ZeRO stage {setup.stage} inside owner sets{checkpointing}",
             f"{tokens:,} tokens per step = {ranks} ranks x {setup.accumulation} "
             f"micro-batch{plural} x {size.micro_batch} samples x {size.sequence_length} tokens",
         )
+    )
+
+
+def _trained_line(schedule: Schedule, size: ModelSize) -> str:
+    numels = [
+        trained_numel(size, phase.plan, rank)
+        for phase in schedule.phases
+        for rank in range(schedule.world_size)
+    ]
+    low, high = (f"{numel / 1e6:,.1f}" for numel in (min(numels), max(numels)))
+    shares = dict.fromkeys(f"{numel / size.numel:.1%}" for numel in (min(numels), max(numels)))
+    return (
+        f"a rank trains {low if low == high else f'{low} to {high}'} M of them "
+        f"({' to '.join(shares)})"
     )
 
 

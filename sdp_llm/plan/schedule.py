@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from sdp_llm.config import SDPConfig
 from sdp_llm.errors import ConfigError
@@ -54,6 +55,18 @@ class Phase:
         for block, owners in zip(free, rotated, strict=True):
             sets[block] = owners
         return replace(self.plan, owner_sets=tuple(sets))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``plan.json`` has of it; the owner sets are those before any rotation."""
+        return {
+            "start": self.start,
+            "stop": self.stop,
+            "masking": self.masking,
+            "rotate_every": self.rotate_every,
+            "seed": self.seed,
+            "owners": self.plan.owner_sets,
+            "pinned": self.plan.pinned,
+        }
 
     def __str__(self) -> str:
         text = f"coverage {self.plan.coverage}, {self.masking} masking"

@@ -14,6 +14,7 @@ from sdp_llm.activity import ACTIVITY, REDUCE
 from sdp_llm.sharding.buffers import Buffers
 from sdp_llm.sharding.collectives import Communicator, Pending
 from sdp_llm.sharding.cursor import LaunchCursor
+from sdp_llm.sharding.probe import GradientProbe
 from sdp_llm.sharding.unit import Unit
 
 
@@ -23,6 +24,8 @@ class GradientReducer:
     Between :meth:`begin` and :meth:`finish` a hook on every parameter moves its gradient into its
     unit in fp32. In a pass that reduces, a unit's reduction starts as soon as it is complete and
     its turn has come; the backward pass goes on meanwhile.
+
+    ``probe`` (settable) is shown what this rank sends of each unit, while it is on its way.
 
     :param units: the units that this rank owns, in forward order.
     :param model: its parameters are views into the units.
@@ -43,6 +46,7 @@ class GradientReducer:
         overlap: bool = True,
         under_way: int = 1,
     ) -> None:
+        self.probe: GradientProbe | None = None
         self._units = units
         self._communicator = communicator
         self._stage = stage
@@ -136,6 +140,8 @@ class GradientReducer:
         received = self._buffers.take(numel, send, send.dtype)
         summands, pending = self._communicator.reduce_scatter(send, received, unit.group)
         self._under_way.append(partial(self._receive, unit, send, received, summands, pending))
+        if self.probe is not None:
+            self.probe.see(unit, send)
         if not self._overlap:
             self._leave_under_way(0)
 

@@ -20,6 +20,7 @@ from sdp_llm.evaluation import Evaluation
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.sharding.consistency import differing_units
+from sdp_llm.sharding.probe import GradientProbe
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.inputs import Inputs
@@ -32,7 +33,8 @@ class Step:
     ``losses`` (1-D, on the device) has the mean loss, in nats per token, of each worker that this
     process runs; ``grad_norm`` is global and before clipping; ``must_stop`` says, on all ranks
     alike, that one of them was asked to stop, ``is_written`` that the save in the background is on
-    the disk.
+    the disk; ``gradients`` has, where they were measured and by unit, the "gradients/norm" and the
+    "gradients/cosine" of its owners.
     """
 
     losses: Tensor
@@ -40,6 +42,7 @@ class Step:
     is_skipped: bool
     must_stop: bool = False
     is_written: bool = False
+    gradients: dict[str, dict[str, float | None]] | None = None
 
 
 class Backend(Protocol):
@@ -113,17 +116,30 @@ class EngineBackend:
         tokens = tokens.to(engine.device, non_blocking=True)
         targets = target_count(tokens)
         total = torch.zeros(1, device=engine.device)
+        gradients = None
         for part in tokens.split(engine.train_micro_batch_size_per_gpu()):
             ACTIVITY.enter(COMPUTE)
             loss = summed_loss(engine, part, self._eos_id) / targets
+            probe = self._probe()
+            engine.probe_gradients(probe)
             engine.backward(loss, scale_wrt_gas=False)
+            gradients = None if probe is None else _by_unit(probe)
             total += loss.detach()
             engine.step()
         norm = engine.get_global_grad_norm()
         assert norm is not None
         asked, written = engine.optimizer.flag_counts
         is_written = written == self.world_size
-        return Step(total, norm, not engine.was_step_applied(), asked > 0, is_written)
+        is_skipped = not engine.was_step_applied()
+        return Step(total, norm, is_skipped, asked > 0, is_written, gradients)
+
+    def _probe(self) -> GradientProbe | None:
+        """For the last micro-batch of a step that is to be measured: it holds the averages."""
+        engine, interval = self.engine, self.engine.run.training.gradient_interval
+        if not interval or not engine.is_gradient_accumulation_boundary():
+            return None
+        is_due = (engine.global_steps + 1) % interval == 0
+        return GradientProbe(engine.sharded) if is_due else None
 
     def _flags(self) -> tuple[bool, bool]:
         """What each step's agreement asks all ranks."""
@@ -181,6 +197,14 @@ class EngineBackend:
     def monitor(self, values: dict[str, float], samples: int) -> None:
         if self.engine.monitor.enabled and self.rank == 0:
             self.engine.monitor.write_events([(k, v, samples) for k, v in values.items()])
+
+
+def _by_unit(probe: GradientProbe) -> dict[str, dict[str, float | None]]:
+    results = probe.results()
+    return {
+        "gradients/norm": {name: norm for name, (norm, _) in results.items()},
+        "gradients/cosine": {name: cosine for name, (_, cosine) in results.items()},
+    }
 
 
 class SimulationBackend:

@@ -20,13 +20,17 @@ class Reduced:
     """The steps since the last call, over all ranks.
 
     ``loss`` is the mean loss (nats per token); ``lowest_loss`` and ``highest_loss`` are those of
-    the ranks whose mean is lowest and highest: subnetworks differ. Memory is bytes, least and
-    most of all ranks; ``seconds`` is the time spent in steps.
+    the workers ``lowest_rank`` and ``highest_rank``, whose mean is lowest and highest, and
+    ``loss_std`` the standard deviation over the workers: subnetworks differ. Memory is bytes, least
+    and most of all ranks; ``seconds`` is the time spent in steps.
     """
 
     loss: float
     lowest_loss: float
+    lowest_rank: int
     highest_loss: float
+    highest_rank: int
+    loss_std: float
     memory_now: tuple[int, int]
     memory_peak: tuple[int, int]
     steps: int
@@ -64,12 +68,16 @@ class Meter:
         means = self._total / self._steps
         sizes = torch.tensor([now, peak], dtype=torch.float64, device=means.device)
         rows = gathered(torch.cat([means, sizes]))
-        losses, memories = rows[:, :-2], rows[:, -2:]
+        losses, memories = rows[:, :-2].flatten(), rows[:, -2:]
+        lowest, highest = int(losses.argmin()), int(losses.argmax())
         low, high = memories.min(0).values.tolist(), memories.max(0).values.tolist()
         result = Reduced(
             losses.mean().item(),
-            losses.min().item(),
-            losses.max().item(),
+            losses[lowest].item(),
+            lowest,
+            losses[highest].item(),
+            highest,
+            losses.std(correction=0).item(),
             (int(low[0]), int(high[0])),
             (int(low[1]), int(high[1])),
             self._steps,

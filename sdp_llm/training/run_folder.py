@@ -17,6 +17,7 @@ from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule
 from sdp_llm.training.checkpoints import clear_rubbish, set_aside, steps_in
+from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.status import UNFINISHED, read_status
 from sdp_llm.versions import versions
 
@@ -30,10 +31,11 @@ class RunFolder:
     - ``config.json``: the resolved run config, which starts the same run again
     - ``plan.json``: the steps of every phase, and the owner set of every block in it
     - ``environment.json``: versions, commit, command line, world size
+    - ``prediction.json``: parameters, memory, traffic and FLOPs of every rank, where they are known
     - ``metrics.jsonl``: one object per log line, validation and checkpoint
     - ``checkpoints/step-N``
 
-    Collective: all ranks raise when rank 0 cannot take it. :meth:`begin` writes the first three.
+    Collective: all ranks raise when rank 0 cannot take it. :meth:`begin` writes the first four.
 
     :param resume: "none": the folder must not hold a run; "auto": it may, to be continued; a path:
         it may if the path is inside.
@@ -52,13 +54,17 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._write_together(lambda: self._take(resume))
 
-    def begin(self, step: int = 0) -> list[str]:
+    def begin(self, step: int = 0, prediction: Prediction | ConfigError | None = None) -> list[str]:
         """Write what the run is started with, and forget what came after ``step``. Collective.
 
+        :param prediction: written where it is one.
         :returns: lines that say what was forgotten, on rank 0.
         """
         forgotten: list[str] = []
         self._write_together(lambda: forgotten.extend(self._begin(step)))
+        if isinstance(prediction, Prediction):
+            content = prediction.as_dict()
+            self._write_together(lambda: self._write("prediction.json", content))
         return forgotten
 
     def log(self, values: dict[str, Any]) -> None:
@@ -161,17 +167,7 @@ def _step_of(line: str) -> float:
 
 def _phases(schedule: Schedule) -> dict[str, Any]:
     """Each phase from step ``start`` up to, not including, ``stop``, before its rotations."""
-    phases = [
-        {
-            "start": phase.start,
-            "stop": phase.stop,
-            "masking": phase.masking,
-            "rotate_every": phase.rotate_every,
-            "seed": phase.seed,
-            "owners": phase.plan.owner_sets,
-        }
-        for phase in schedule.phases
-    ]
+    phases = [phase.as_dict() for phase in schedule.phases]
     return {"world_size": schedule.world_size, "phases": phases}
 
 

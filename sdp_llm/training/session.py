@@ -15,6 +15,9 @@ from sdp_llm.training.checkpoints import (
     largest_share,
 )
 from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.memory import MemoryCheck, model_state_bytes
+from sdp_llm.training.prediction import Prediction, predict
+from sdp_llm.training.progress import say as print_line
 from sdp_llm.training.resume import Start, find_start
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
@@ -49,7 +52,7 @@ def train(
 
     def say(text: str) -> None:
         if backend.rank == 0:
-            print(text, flush=True)
+            print_line(text)
 
     start = find_start(run, inputs, backend, resume)
     position = start.position
@@ -74,7 +77,8 @@ def train(
     status.write(state=RUNNING, step=position.step, checkpoint=newest)
     if watchdog is not None:
         watchdog.on_failure = status.fail
-    for line in folder.begin(position.step):
+    prediction = predict(run, inputs)
+    for line in folder.begin(position.step, prediction):
         say(line)
     saver = Saver(
         run.training,
@@ -86,11 +90,15 @@ def train(
         size=size,
         saved_step=position.step if is_own else None,
     )
-    say(summary_card(run, inputs, steps))
+    say(summary_card(run, inputs, steps, prediction))
     share = _largest_share(inputs.schedule, subnetwork.layout)
     say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:
         trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
+        if isinstance(prediction, Prediction):
+            trainer.memory_check = MemoryCheck(
+                prediction, backend.rank, lambda: model_state_bytes(backend.engine), say, folder.log
+            )
         is_finished = trainer.fit()
     except BaseException as error:
         reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"

@@ -10,24 +10,25 @@ from sdp_llm.config import RunConfig, keys_without_effect
 from sdp_llm.data import TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.report import plan_parts, run_report
-from sdp_llm.training.budget import run_size
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.trainer import Trainer
 
 
-def summary_card(run: RunConfig, inputs: Inputs, steps: int) -> str:
+def summary_card(
+    run: RunConfig, inputs: Inputs, steps: int, prediction: Prediction | ConfigError
+) -> str:
     """The plan, what it costs, the data and the budget."""
     assert run.model is not None
     name = Path(run.model.config).stem
     schedule = inputs.schedule
-    try:
-        size, setup = run_size(run, inputs.model, inputs.batch)
-    except ConfigError as error:
+    if isinstance(prediction, ConfigError):
         # A model whose cost cannot be predicted (experts, convolutions) trains all the same.
-        plan_lines = "\n\n".join([name, *plan_parts(schedule), f"no prediction: {error}"])
+        plan_lines = "\n\n".join([name, *plan_parts(schedule), f"no prediction: {prediction}"])
     else:
         limit = run.sdp.memory_limit_gib
+        size, setup = prediction.size, prediction.setup
         plan_lines = run_report(schedule, size, setup, model=name, memory_limit_gib=limit)
     batch = inputs.batch.global_batch
     ranks = schedule.world_size

@@ -20,9 +20,10 @@ from sdp_llm.training.batches import StepBatches, read_batches
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.health import Health
 from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
+from sdp_llm.training.memory import MemoryCheck
 from sdp_llm.training.metrics import Meter
 from sdp_llm.training.position import Position
-from sdp_llm.training.progress import HEADER_EVERY, LogLine, format_line, header
+from sdp_llm.training.progress import HEADER_EVERY, LogLine, ProgressBar, format_line, header, say
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
 
@@ -53,12 +54,14 @@ class Trainer:
         self.total_steps = total_steps
         self.position = position or Position()
         self.last_validation: Evaluation | None = None
+        self.memory_check: MemoryCheck | None = None
         self._fresh_validation: Evaluation | None = None
         self._saver = saver
         self._phase: Phase | None = None
         self._meter = Meter()
         self._health = Health(run, inputs, backend, folder, self.say, self.position)
         self._lines = 0
+        self._bar = ProgressBar(total_steps, self.step, is_speaking=backend.rank == 0)
         self._validation = self._validation_tokens()
         self._validation_bytes = self._count_bytes()
 
@@ -77,8 +80,11 @@ class Trainer:
         # A validation that was due when the run was stopped comes first.
         must_stop = self.backend.must_stop() or not self._validate_if_due()
         batches = self._batches()
-        while not must_stop and self.step < self.total_steps:
-            must_stop = self._train_step(batches)
+        try:
+            while not must_stop and self.step < self.total_steps:
+                must_stop = self._train_step(batches)
+        finally:
+            self._bar.close()
         if must_stop:
             self._stop()
             return False
@@ -105,6 +111,11 @@ class Trainer:
         self.position.tokens += batch * self.inputs.train.sequence_length
         self._count_skipped(result)
         self._health.look(result, self.position)
+        self._bar.advance()
+        if result.gradients is not None:
+            self.folder.log({"step": self.step, **result.gradients})
+        if self.memory_check is not None:
+            self.memory_check.after(self.step, result.is_skipped)
         must_stop = result.must_stop or not self._validate_if_due()
         is_last = self.step == self.total_steps
         is_save_due = self._saver is not None and self._saver.is_due(
@@ -176,11 +187,18 @@ class Trainer:
         self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch
         tokens = reduced.steps * batch * self.inputs.train.sequence_length
+        step_seconds = self.position.seconds / self.step
+        to_validation = self._steps_to_validation()
         line = LogLine(
             step=self.step,
             total_steps=self.total_steps,
             phase=self.inputs.schedule.number_at(self.step - 1),
             loss=reduced.loss,
+            lowest_loss=reduced.lowest_loss,
+            lowest_rank=reduced.lowest_rank,
+            highest_loss=reduced.highest_loss,
+            highest_rank=reduced.highest_rank,
+            loss_std=reduced.loss_std,
             validation=self._fresh_validation.loss if self._fresh_validation else None,
             lr=self.backend.lr,
             grad_norm=grad_norm,
@@ -188,23 +206,31 @@ class Trainer:
             tokens_per_second=tokens / reduced.seconds,
             memory_now=reduced.memory_now,
             memory_peak=reduced.memory_peak,
-            eta=self.position.seconds / self.step * (self.total_steps - self.step),
+            to_validation=None if to_validation is None else step_seconds * to_validation,
+            eta=step_seconds * (self.total_steps - self.step),
         )
         self._fresh_validation = None
         if self._lines % HEADER_EVERY == 0:
             self.say(header())
         self.say(format_line(line))
+        self._bar.show(line)
         self._lines += 1
-        spread = {"lowest_loss": reduced.lowest_loss, "highest_loss": reduced.highest_loss}
         counts = {"samples": self.position.samples, "tokens": self.position.tokens}
-        self.folder.log({**asdict(line), **spread, **counts})
-        values = {"train/loss": line.loss, "train/grad_norm": grad_norm, "train/lr": line.lr}
-        self.backend.monitor(values, self.position.samples)
+        self.folder.log({**asdict(line), **counts})
+        self.backend.monitor(line.monitored(), self.position.samples)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.backend.rank == 0:
-            print(text, flush=True)
+            say(text)
+
+    def _steps_to_validation(self) -> int | None:
+        """Steps to the next validation; None where there is none."""
+        if self._validation is None or self.step == self.total_steps:
+            return None
+        left = self.total_steps - self.step
+        interval = self.run.training.eval_interval
+        return min(left, interval - self.step % interval) if interval else left
 
     def _batches(self) -> Iterator[Tensor]:
         """This process's part of the global batch of each step to come."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_prints_the_card_of_the_demo() -> None:
     assert max(len(line) for line in lines) <= 100
     rows = {line[:31].strip(): line[31:].split() for line in lines}
     assert "coverage 1/2 of the free blocks" in result.stdout
+    assert "a rank trains 2.0 M of them (77.4%)" in lines
     assert any(line.startswith("rank 3  P") and "5/8 blocks" in line for line in lines)
     for name in ("load", "connectivity", "owner sets", "λ", "\N{GREEK SMALL LETTER RHO}"):
         assert any(line.startswith(f"{name:<14}") for line in lines), name
@@ -92,6 +94,29 @@ def test_phases_are_rows_and_a_limit_is_checked(capsys: pytest.CaptureFixture[st
     assert line.startswith("plan: error: sdp.memory_limit_gib = 0.2: phase 2 of 2 (coverage 1,")
     assert main([*options, "--set", "training.steps=null"]) == 2
     assert "sdp.schedule: phases end at shares of the budget, but" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_root")
+def test_the_picture_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*DEMO, "--world_size", "4", "--set", PHASES, "--picture"]
+    drawing = tmp_path / "plan.svg"
+    assert main([*options, str(drawing)]) == 0
+    assert capsys.readouterr().out.endswith(f"drew {drawing}\n")
+    for text in ("phase 1: steps 1 to 100", "rotating every 50 steps", "phase 2: steps 101 to 200"):
+        assert text in drawing.read_text()
+    assert main([*options, str(tmp_path / "plan.jpg")]) == 2
+    assert main([*options, str(tmp_path / "no" / "plan.svg")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("plan.jpg: not a .png or .svg; name one of these")
+    assert second.endswith("plan.svg: cannot write: No such file or directory")
+
+
+@pytest.mark.usefixtures("in_root")
+def test_the_picture_of_a_plan_as_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawing = tmp_path / "plan.png"
+    assert main([*DEMO, "--world_size", "4", "--set", PHASES, "--picture", str(drawing)]) == 0
+    assert drawing.read_bytes().startswith(b"\x89PNG")
 
 
 def test_wrong_input_is_one_line_of_the_command() -> None:

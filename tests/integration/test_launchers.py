@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,25 @@ print(json.dumps({
 """
 
 
+GRADIENTS_EVERY = 2
+
+
 def in_folder(folder: Path) -> list[str]:
     return ["--set", f"training.run_dir={folder}"]
+
+
+def with_views(folder: Path) -> list[str]:
+    """The options that show more of a run."""
+    monitor = ["csv_monitor.enabled=true", f"csv_monitor.output_path={folder / 'csv'}"]
+    return [*monitor, "csv_monitor.job_name=job", f"training.gradient_interval={GRADIENTS_EVERY}"]
 
 
 @pytest.fixture(scope="session")
 def run(tiny: Tiny) -> Run:
     """Two ranks under DeepSpeed's launcher."""
     folder = tiny.folder / "runs" / "deepspeed"
-    return Run(execute(*with_deepspeed(tiny.config, *in_folder(folder))), folder)
+    options = [*in_folder(folder), *with_views(tiny.folder)]
+    return Run(execute(*with_deepspeed(tiny.config, *options)), folder)
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,14 @@ def others(tiny: Tiny, run: Run) -> Others:
 def test_the_output_has_the_plan_the_lines_and_the_result(run: Run) -> None:
     assert run.finished.status == 0, run.finished.output
     lines = run.finished.stdout.splitlines()
-    for start in ("block   0123", "rank 0  P", "rank 1  P", "coverage      1/2", "memory of one"):
+    starts = ["block   0123", "rank 0  P", "rank 1  P", "coverage      1/2", "memory of one"]
+    starts += [
+        "a rank trains 0.0 M of them (",
+        "memory after step 2, MiB",
+        "model state",
+        "of rank ",
+    ]
+    for start in starts:
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert f"budget      {STEPS} steps of 8 samples, {STEPS * 8 * SEQUENCE:,} tokens" in lines
     assert lines.count(header()) == 1  # rank 0 alone prints
@@ -135,10 +152,15 @@ def test_the_output_has_the_plan_the_lines_and_the_result(run: Run) -> None:
     entries = [entry for entry in run.metrics() if "loss" in entry]
     for cells, entry in zip(logged, entries, strict=True):
         assert cells[1] == f"{entry['loss']:.4f}"
+        gap = entry["highest_loss"] - entry["lowest_loss"]
+        assert cells[2:4] == [f"{gap:.3f}", f"r{entry['highest_rank']}"]
         has_validation = entry["step"] % EVAL_EVERY == 0
-        assert len(cells) == 8 + has_validation
+        assert len(cells) == 9 + has_validation + (entry["step"] < STEPS)
         if has_validation:
-            assert cells[2] == f"{entry['validation']:.4f}"
+            assert cells[4] == f"{entry['validation']:.4f}"
+    # What is measured is what was predicted.
+    assert not any(line.startswith("warning: model state") for line in lines)
+    assert not {"\r", "\x1b"} & set(run.finished.stdout)
     closing = f"whole model's validation loss {run.validation()[-1]:.6f} nats per token, "
     assert sum(line.startswith(closing) for line in after) == 1
     assert f'load it with AutoModelForCausalLM.from_pretrained("{run.folder}/model")' in after
@@ -148,11 +170,11 @@ def test_the_output_has_the_plan_the_lines_and_the_result(run: Run) -> None:
 def test_the_run_folder(run: Run, tiny: Tiny) -> None:
     assert run.finished.status == 0, run.finished.output
     names = {"config.json", "plan.json", "environment.json", "metrics.jsonl", "model"}
-    names |= {"status.json", "checkpoints"}
+    names |= {"status.json", "checkpoints", "prediction.json"}
     assert {path.name for path in run.folder.iterdir()} == names
-    given = load_config(tiny.config)
-    training = replace(given.training, run_dir=str(run.folder))
-    assert load_config(run.folder / "config.json") == replace(given, training=training)
+    views = with_views(tiny.folder)
+    given = load_config(tiny.config, [f"training.run_dir={run.folder}", *views])
+    assert load_config(run.folder / "config.json") == given
     plan = plan_from_config(given.sdp, 2, BLOCKS)
     saved = json.loads((run.folder / "plan.json").read_text())
     assert saved["world_size"] == 2
@@ -179,7 +201,8 @@ def test_the_metrics(run: Run) -> None:
     assert {e["validation/tokens"] for e in measured} == {EVAL_SAMPLES * SEQUENCE}
     for entry in entries:
         for name, value in entry.items():
-            for number in value if isinstance(value, list) else [value]:
+            inner = value.values() if isinstance(value, dict) else value
+            for number in inner if isinstance(value, (list, dict)) else [value]:
                 assert number is None or math.isfinite(number), name
     for entry in (e for e in entries if "loss" in e):
         assert entry["tokens"] == entry["step"] * 8 * SEQUENCE == entry["samples"] * SEQUENCE
@@ -189,6 +212,58 @@ def test_the_metrics(run: Run) -> None:
         assert entry["skipped"] == 0
     first, last = measured[0]["validation/loss"], measured[-1]["validation/loss"]
     assert last < first < math.log(VOCABULARY)
+
+
+def test_the_memory_is_what_was_predicted(run: Run) -> None:
+    [entry] = [e for e in run.metrics() if "memory/rank" in e]
+    assert entry["step"] == 2
+    predicted, measured = entry["memory/predicted"], entry["memory/measured"]
+    assert set(predicted) == set(measured) == {"weights", "gradients", "optimizer"}
+    for name, size in measured.items():
+        assert size == pytest.approx(predicted[name], rel=0.03), name
+    prediction = json.loads((run.folder / "prediction.json").read_text())
+    [phase] = prediction["phases"]
+    ranks = [{name: rank[name] for name in predicted} for rank in phase["memory_bytes"]]
+    assert ranks[entry["memory/rank"]] == predicted
+    assert len(phase["flops_per_token"]) == 2
+
+
+def test_gradients_are_compared_now_and_then(run: Run) -> None:
+    entries = [e for e in run.metrics() if "gradients/norm" in e]
+    assert [e["step"] for e in entries] == list(range(GRADIENTS_EVERY, STEPS + 1, GRADIENTS_EVERY))
+    norms = {e["step"]: e["grad_norm"] for e in run.metrics() if "loss" in e}
+    units = ["embedding", *(f"block {b}" for b in range(BLOCKS)), "head"]
+    for entry in entries:
+        assert list(entry["gradients/norm"]) == list(entry["gradients/cosine"]) == units
+        total = math.hypot(*entry["gradients/norm"].values())
+        assert total == pytest.approx(norms[entry["step"]], rel=1e-5)
+        cosines = entry["gradients/cosine"]
+        # Of two ranks with half of the blocks each, a free block has one owner.
+        assert [name for name, value in cosines.items() if value is None] == ["block 1", "block 2"]
+        assert all(value is None or 0 < value <= 1 for value in cosines.values())
+
+
+def test_the_monitor_has_what_the_metrics_have(run: Run, tiny: Tiny) -> None:
+    entries = [e for e in run.metrics() if "loss" in e]
+    for name in ("loss", "grad_norm", "highest_loss", "tokens_per_second"):
+        (path,) = (tiny.folder / "csv").rglob(f"*train_{name}.csv")
+        rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        assert [float(samples) for samples, _ in rows] == [e["samples"] for e in entries]
+        assert [float(value) for _, value in rows] == pytest.approx([e[name] for e in entries])
+    (path,) = (tiny.folder / "csv").rglob("*validation_loss.csv")
+    values = [float(line.split(",")[1]) for line in path.read_text().splitlines()[1:]]
+    assert values == pytest.approx(run.validation())
+
+
+def test_the_report_of_the_run(run: Run, tmp_path: Path) -> None:
+    assert run.finished.status == 0, run.finished.output
+    output = tmp_path / "report.html"
+    done = execute(*python("launch/report.py", run.folder, "--output", output))
+    assert done.status == 0, done.output
+    text = output.read_text()
+    assert f"{run.validation()[-1]:.4f}" in text
+    for title in ("Loss", "Peak memory", "Who trains what", "Cosine similarity"):
+        assert f"<h2>{title}" in text, title
 
 
 def test_the_export_loads_without_this_project(uses: Uses, tiny: Tiny) -> None:

@@ -18,6 +18,7 @@ def test_the_mean_over_steps_and_workers() -> None:
     result = meter.reduce()
     # Of two workers over two steps: means 2 and 5.5.
     assert (result.lowest_loss, result.loss, result.highest_loss) == (2.0, 3.75, 5.5)
+    assert (result.lowest_rank, result.highest_rank, result.loss_std) == (0, 1, 1.75)
     assert result.steps == 2
 
 

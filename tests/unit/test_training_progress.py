@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from sdp_llm.training.progress import LogLine, duration, format_line, header
+from sdp_llm.training.progress import LogLine, ProgressBar, duration, format_line, header, say
 
 GIB = 2**30
 LINE = LogLine(
@@ -15,6 +17,11 @@ LINE = LogLine(
     total_steps=1000,
     phase=1,
     loss=10.12345,
+    lowest_loss=10.1,
+    lowest_rank=2,
+    highest_loss=10.16,
+    highest_rank=1,
+    loss_std=0.02,
     validation=None,
     lr=3e-4,
     grad_norm=1.23456,
@@ -22,9 +29,11 @@ LINE = LogLine(
     tokens_per_second=12345.6,
     memory_now=(GIB, 2 * GIB),
     memory_peak=(3 * GIB // 2, 10 * GIB),
+    to_validation=62.0,
     eta=3725.4,
 )
-NAMES = ["step", "loss", "val loss", "lr", "grad norm", "tokens/s", "GiB now", "GiB peak", "left"]
+NAMES = ["step", "loss", "spread", "val loss", "lr", "grad norm", "tokens/s", "GiB peak"]
+NAMES += ["to val", "left"]
 
 
 def ends() -> list[int]:
@@ -42,10 +51,32 @@ def cells(text: str) -> list[str]:
 
 
 def test_the_values_stand_under_their_names() -> None:
-    expected = ["5/1000", "10.1235", "", "3.000e-04", "1.235", "12,346"]
-    expected += ["1.00–2.00", "1.50–10.00", "1:02:05"]  # noqa: RUF001
-    assert cells(format_line(LINE)) == expected
-    assert cells(format_line(replace(LINE, validation=9.87654)))[2] == "9.8765"
+    expected = ["5/1000", "10.1235", "0.060 r1", "", "3.00e-04", "1.235", "12,346", "10.00"]
+    assert cells(format_line(LINE)) == [*expected, "0:01:02", "1:02:05"]
+    assert cells(format_line(replace(LINE, validation=9.87654)))[3] == "9.8765"
+    assert cells(format_line(replace(LINE, to_validation=None)))[8] == ""
+
+
+@pytest.mark.parametrize(
+    ("gap", "rank", "text"),
+    [
+        (0.0123, 3, "0.012 r3"),
+        (0.0123, 31, "0.012 r31"),
+        (0.0123, 127, "0.01 r127"),
+        (12.345, 1023, "12 r1023"),
+        (float("nan"), 5, "nan r5"),
+    ],
+)
+def test_the_spread_names_the_highest_rank_in_as_many_digits_as_fit(
+    gap: float, rank: int, text: str
+) -> None:
+    line = replace(LINE, lowest_loss=1.0, highest_loss=1.0 + gap, highest_rank=rank)
+    assert cells(format_line(line))[2] == text
+
+
+def test_one_rank_has_no_spread() -> None:
+    line = replace(LINE, lowest_rank=0, highest_rank=0)
+    assert cells(format_line(line))[2] == ""
 
 
 @pytest.mark.parametrize(
@@ -78,3 +109,42 @@ def test_skipped_steps_are_named_where_there_are_some() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+class Terminal(io.StringIO):
+    """Standard output that says it is a terminal, or a file."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, is_speaking: bool = True) -> str:
+    """What a run of two steps prints."""
+    output = Terminal(is_terminal)
+    monkeypatch.setattr(sys, "stdout", output)
+    bar = ProgressBar(4, 2, is_speaking=is_speaking)
+    for _ in range(2):
+        bar.advance()
+        say("a line")
+        bar.show(LINE)
+    bar.close()
+    return output.getvalue()
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = watched(monkeypatch, is_terminal=True)
+    assert "step 4/4 |" in text
+    assert "100%, loss 10.1235, 1:02:05 left, validation in 0:01:02" in text
+    assert text.count("a line\n") == 2
+
+
+def test_a_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watched(monkeypatch, is_terminal=False) == "a line\n" * 2
+
+
+def test_other_ranks_show_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "step" not in watched(monkeypatch, is_terminal=True, is_speaking=False)

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,8 +45,15 @@ def test_what_it_holds(tmp_path: Path) -> None:
     assert load_config(path / "config.json") == run
     plan = json.loads((path / "plan.json").read_text())
     owners = [list(owners) for owners in PLAN.owner_sets]
-    phase = {"start": 0, "stop": 100, "masking": "forward", "rotate_every": 0, "seed": 0}
-    assert plan == {"world_size": 4, "phases": [{**phase, "owners": owners}]}
+    phase: dict[str, Any] = {
+        "start": 0,
+        "stop": 100,
+        "masking": "forward",
+        "rotate_every": 0,
+        "seed": 0,
+    }
+    phase |= {"owners": owners, "pinned": [0, 5]}
+    assert plan == {"world_size": 4, "phases": [phase]}
     environment = json.loads((path / "environment.json").read_text())
     assert environment["world_size"] == 4
     assert set(environment["packages"]) == {"python", *PACKAGES}

@@ -116,12 +116,19 @@ def test_the_order_of_things(
     assert [e["samples"] for e in lines] == [24, 48, 60]
     assert [e["tokens"] for e in lines] == [96, 192, 240]
     assert lines[-1]["eta"] == 0
+    # Steps 8 and 10 come next, of 6 and 2 that are left.
+    assert lines[0]["to_validation"] == pytest.approx(lines[0]["eta"] * 4 / 6)
+    assert lines[1]["to_validation"] == pytest.approx(lines[1]["eta"])
+    assert lines[2]["to_validation"] is None
     assert [e["validation/loss"] for e in entries if "validation/loss" in e] == [7.0, 11.0, 13.0]
     assert [samples for values, samples in backend.monitored if "train/loss" in values] == [
         24,
         48,
         60,
     ]
+    shown, _ = next(entry for entry in backend.monitored if "train/loss" in entry[0])
+    names = ["lr", "grad_norm", "lowest_loss", "highest_loss", "tokens_per_second"]
+    assert set(shown) == {f"train/{name}" for name in ["loss", "memory_peak", *names]}
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == header()
     assert [line.split()[0] for line in printed[1:4]] == ["4/10", "8/10", "10/10"]

@@ -1,0 +1,1 @@
+"""What runs left behind, as a page: charts and tables from the files of their folders."""
