@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from sdp_llm.cli import run_command
+from sdp_llm.cli import Parser, run_command
 from sdp_llm.errors import ConfigError
 from sdp_llm.report.page import page
 from sdp_llm.report.png import write_pngs
@@ -33,7 +33,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a training.run_dir")
     parser.add_argument(
         "--output", metavar="FILE", help="the page (default: report.html in the first run's folder)"

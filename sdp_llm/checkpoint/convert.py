@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from sdp_llm.checkpoint.coverage import MASTER
 from sdp_llm.checkpoint.export import (
     TOKENIZER_FILES,
     copy_tokenizer,
@@ -24,6 +23,7 @@ from sdp_llm.checkpoint.load import CheckpointReader
 from sdp_llm.checkpoint.stream import Entry, read_part, write_stream
 from sdp_llm.checkpoint.together import WrittenFile, write_together
 from sdp_llm.errors import ConfigError
+from sdp_llm.sharding.unit import MASTER
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.residual import Fold, exported_folds, running_shares
 

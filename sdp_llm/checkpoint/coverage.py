@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-MASTER = "master"
+from sdp_llm.sharding.unit import MASTER
+
 RNG = "rng"
 CUDA_RNG = "cuda_rng"
 

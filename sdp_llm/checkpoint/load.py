@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY
+from sdp_llm.agree import agree
 from sdp_llm.checkpoint.coverage import (
     CUDA_RNG,
-    MASTER,
     RNG,
     Ranges,
     coverage_error,
@@ -24,10 +24,10 @@ from sdp_llm.checkpoint.coverage import (
 )
 from sdp_llm.checkpoint.find import is_plain_name, named_by
 from sdp_llm.checkpoint.save import FORMAT_VERSION, LATEST, MANIFEST, STATE, seal
-from sdp_llm.checkpoint.together import agree, sha256_of
+from sdp_llm.checkpoint.together import sha256_of
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
 from sdp_llm.sharding.materialize import ShardedModel
-from sdp_llm.sharding.unit import ParameterSlice
+from sdp_llm.sharding.unit import MASTER, ParameterSlice
 from sdp_llm.subnetwork.build import Subnetwork
 
 # What of a model's config does not change what its weights compute.

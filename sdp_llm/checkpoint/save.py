@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sdp_llm.checkpoint.coverage import (
     CUDA_RNG,
-    MASTER,
     RNG,
     coverage_error,
     stored_ranges,
@@ -29,6 +28,7 @@ from sdp_llm.checkpoint.together import (
 )
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
+from sdp_llm.sharding.unit import MASTER
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from sdp_llm.activity import ACTIVITY
+from sdp_llm.agree import agree
 from sdp_llm.errors import ConfigError
 
 # <fcntl.h> and <linux/fs.h>
@@ -72,35 +71,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def agree(step: Callable[[], Any]) -> list[Any]:
-    """Run ``step`` on every rank; every rank raises when it failed on one, none waits for it.
-
-    :returns: what it returned on each rank.
-    :raises ConfigError: on every rank, when on one of them ``step`` raised it, or an OSError; a
-        :class:`DamagedCheckpoint` where that was the first rank's reason.
-    """
-    result: Any = None
-    failure: ConfigError | None = None
-    try:
-        result = step()
-    except ConfigError as error:
-        failure = error
-    except (OSError, SafetensorError) as error:
-        failure = ConfigError(
-            f"cannot write: {error}; name a folder that all ranks can write to, with enough space"
-        )
-    if not dist.is_initialized():
-        outcomes: list[Any] = [(result, failure)]
-    else:
-        outcomes = [None] * dist.get_world_size()
-        with ACTIVITY.waiting("agreement"):
-            dist.all_gather_object(outcomes, (result, failure))
-    for rank, (_, reason) in enumerate(outcomes):
-        if reason is not None:
-            raise type(reason)(f"rank {rank}: {reason}")
-    return [value for value, _ in outcomes]
 
 
 class SharedFolder:

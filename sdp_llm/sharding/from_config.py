@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sdp_llm.checkpoint.together import agree
+from sdp_llm.agree import agree, check_agreement
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule, schedule_from_config
-from sdp_llm.sharding.groups import check_agreement
 from sdp_llm.sharding.materialize import ShardedModel, materialize
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.build import build_subnetwork

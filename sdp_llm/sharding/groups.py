@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from sdp_llm.activity import ACTIVITY
-from sdp_llm.errors import ConfigError
 
 OwnerGroups = dict[tuple[int, ...], dist.ProcessGroup | None]
 
@@ -32,19 +31,3 @@ def create_owner_groups(
             with ACTIVITY.waiting(f"process group of ranks {list(owners)}"):
                 groups[owners] = dist.new_group(list(owners), timeout=timeout)
             ACTIVITY.beat()
-
-
-def check_agreement(what: str, fingerprint: str) -> None:
-    """Compare a fingerprint between all ranks.
-
-    :raises ConfigError: on every rank, naming the ranks that differ from rank 0.
-    """
-    found: list[str | None] = [None] * dist.get_world_size()
-    with ACTIVITY.waiting("agreement"):
-        dist.all_gather_object(found, fingerprint)
-    different = [rank for rank, value in enumerate(found) if value != found[0]]
-    if different:
-        raise ConfigError(
-            f"{what} on ranks {different} differs from rank 0's ({found[different[0]]} against "
-            f"{found[0]}): start every rank with the same files and arguments"
-        )

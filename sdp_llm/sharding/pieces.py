@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY
-from sdp_llm.checkpoint.coverage import MASTER
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.move import Move, optimised_bounds, transfers
-from sdp_llm.sharding.unit import Unit
+from sdp_llm.sharding.unit import MASTER, Unit
 from sdp_llm.subnetwork.adapter import ParameterSpec, UnitLayout
 
 

@@ -13,11 +13,11 @@ from datetime import timedelta
 
 import torch
 
-from sdp_llm.checkpoint.together import agree
+from sdp_llm.agree import agree, check_agreement
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.arrival import wait_before_use
-from sdp_llm.sharding.groups import check_agreement, create_owner_groups
+from sdp_llm.sharding.groups import create_owner_groups
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.move import Move, order
 from sdp_llm.sharding.optimizer import parameter_groups

@@ -13,6 +13,8 @@ from sdp_llm.activity import ACTIVITY
 from sdp_llm.sharding.collectives import Pending
 from sdp_llm.subnetwork.adapter import UnitLayout
 
+MASTER = "master"  # beside the names that an optimizer gives the tensors of its state
+
 
 @dataclass(frozen=True)
 class ParameterSlice:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdp_llm.agree import agree
 from sdp_llm.checkpoint.load import read_state
 from sdp_llm.checkpoint.save import MANIFEST
-from sdp_llm.checkpoint.together import agree
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
 from sdp_llm.plan import Schedule

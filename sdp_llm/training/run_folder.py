@@ -12,7 +12,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from sdp_llm.checkpoint.together import agree, replace_text
+from sdp_llm.agree import agree
+from sdp_llm.checkpoint.together import replace_text
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdp_llm.activity import ACTIVITY, SAVE
-from sdp_llm.checkpoint.together import agree
+from sdp_llm.agree import agree
 from sdp_llm.config import TrainingConfig
 from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.training.checkpoints import remove, steps_in, steps_to_remove, tag_of

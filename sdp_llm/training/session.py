@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdp_llm.checkpoint.together import agree
+from sdp_llm.agree import agree
 from sdp_llm.config import RunConfig
 from sdp_llm.plan import Plan, Schedule
 from sdp_llm.subnetwork.adapter import ModelLayout

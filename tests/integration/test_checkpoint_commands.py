@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from launch import inspect_checkpoint
 from sdp_llm.checkpoint.convert import export_checkpoint
-from sdp_llm.checkpoint.coverage import MASTER, tensor_key
+from sdp_llm.checkpoint.coverage import tensor_key
 from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.checkpoint.save import FORMAT_VERSION, seal
 from sdp_llm.checkpoint.stream import write_tensors
 from sdp_llm.checkpoint.together import write_json
 from sdp_llm.errors import ConfigError
+from sdp_llm.sharding.unit import MASTER
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.versions import versions
 from tests.integration.conftest import (

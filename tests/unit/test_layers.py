@@ -1,0 +1,60 @@
+"""Imports point one way: from training down to the config and the plan."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# From the bottom; what stands in one row knows nothing of its neighbours.
+LAYERS = (
+    ("errors", "activity", "processes"),
+    ("config", "launched", "versions", "tokenizer"),
+    ("plan", "data", "cli", "rendezvous"),
+    ("loss", "optim", "agree", "distributed", "answers", "unsupported"),
+    ("subnetwork",),
+    ("sharding", "simulation"),
+    ("checkpoint", "evaluation", "exported"),
+    ("engine",),
+    ("report",),
+    ("training",),
+)
+HEAVY = {"torch", "deepspeed", "transformers"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def part(module: str) -> str:
+    """The package of sdp_llm that a module belongs to, or its own name at the top level."""
+    return module.split(".")[1] if "." in module else ""
+
+
+FILES = sorted((ROOT / "sdp_llm").glob("**/*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "sdp_llm")))
+def test_imports_point_downwards(path: Path) -> None:
+    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own == "__init__":  # what the package offers
+        return
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for module in imported(path):
+        if module.split(".")[0] == "sdp_llm" and part(module) not in ("", own):
+            assert level[part(module)] < level[own], f"{own} imports {module}"
+        assert module.split(".")[0] not in ("launch", "data_prep", "benchmarks", "tests")
+
+
+def test_a_wrong_config_fails_before_anything_heavy_is_imported() -> None:
+    for path in FILES:
+        if part(".".join(path.relative_to(ROOT).with_suffix("").parts)) in ("config", "plan"):
+            assert not HEAVY & {module.split(".")[0] for module in imported(path)}, path
