@@ -83,8 +83,8 @@ class Health:
         bad = [worker for worker, loss in enumerate(losses) if not math.isfinite(loss)]
         if result.is_skipped:
             what = "the gradient" if not bad else f"the loss of {_ranks(bad)}"
-            count = f"{position.skipped_in_a_row} of at most "
-            count += f"{self._run.training.max_skipped_steps - 1} in a row"
+            limit = self._run.training.max_skipped_steps
+            count = f"{position.skipped_in_a_row} in a row, the run stops at {limit}"
             self._say(f"step {position.step}: skipped, {what} is not finite ({count})")
             for worker in bad:
                 self._say_samples("skipped step", worker, len(losses), None, position)

@@ -110,6 +110,8 @@ class Trainer:
         self.position.samples += batch
         self.position.tokens += batch * self.inputs.train.sequence_length
         self._count_skipped(result)
+        if result.is_skipped and self._saver is not None:
+            self._saver.finish()  # what was begun before is there, should the run stop now
         self._health.look(result, self.position)
         self._bar.advance()
         if result.gradients is not None:

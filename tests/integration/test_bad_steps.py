@@ -113,19 +113,25 @@ def test_all_ranks_skip_and_save_later(kind: str, tiny: Tiny, pools: Pools, tmp_
         changed = outcome.weights[5].items()
         assert any((value != outcome.weights[4][name]).any() for name, value in changed)
     said = outcomes[0].said
-    assert "step 3: skipped, the loss of rank 1 is not finite (1 of at most 2 in a row)" in said
-    assert "step 4: skipped, the loss of rank 1 is not finite (2 of at most 2 in a row)" in said
+    assert (
+        "step 3: skipped, the loss of rank 1 is not finite (1 in a row, the run stops at 3)" in said
+    )
+    assert (
+        "step 4: skipped, the loss of rank 1 is not finite (2 in a row, the run stops at 3)" in said
+    )
     assert "  skipped 2" in said
     # Due after step 4, owed by step 5.
     assert checkpoints(tmp_path / "run") == ["step-2", "step-5", "step-6"]
 
 
+@pytest.mark.parametrize("is_async", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_too_many_stop_the_run_and_keep_the_last_good_checkpoint(
-    tiny: Tiny, pools: Pools, tmp_path: Path
+    is_async: str, tiny: Tiny, pools: Pools, tmp_path: Path
 ) -> None:
     fate = dict.fromkeys(range(3, 7), "nan")
     limit = "training.max_skipped_steps=3"
-    outcomes = run_on(pools, tiny, tmp_path / "run", fate, limit, "training.keep_last=1")
+    save = ("training.keep_last=1", f"training.async_save={is_async}")
+    outcomes = run_on(pools, tiny, tmp_path / "run", fate, limit, *save)
     for outcome in outcomes:
         assert outcome.error.startswith("step 5: the loss or gradient was not finite in 3 steps in")
         assert "training.max_skipped_steps = 3" in outcome.error
