@@ -69,6 +69,11 @@ class Board:
         """The run's, which is perhaps not this rank's."""
         return self._notice
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the store has not gone yet; one that hangs looks open."""
+        return self._thread.is_alive()
+
     def post(self, notice: Notice) -> None:
         """Tell all ranks why the run ends, unless one has done so."""
         self._own = notice

@@ -229,7 +229,7 @@ class Watchdog:
             return None
         if self._rank != min(s.rank for s in states if is_alive(s)):
             end = time.monotonic() + 2 * SETTLE_S
-            while self._board is not None and time.monotonic() < end:
+            while self._board is not None and self._board.is_open and time.monotonic() < end:
                 if self._board.notice is not None:
                     return self._board.notice
                 time.sleep(0.1)
@@ -275,6 +275,8 @@ class Watchdog:
             self._board.post(verdict)
         if verdict.is_stall:
             write_stacks(self._rank, self._run_dir)
+            if self._board is not None and self._board.is_open and verdict.rank == self._rank:
+                time.sleep(2 * INTERVAL_S)  # until the others have read it: the store may be ours
         elif self._stopped.wait(LEAVE_S):
             return  # the main thread ends by itself, and says why
         if self.on_failure is not None:

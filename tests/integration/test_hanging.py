@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
 
-from tests.integration.conftest import Tiny, script
+from tests.integration.conftest import Tiny, free_port, script
 from tests.integration.test_stopping import Started, ranks, status, steps_logged
 
 RANKS = 4
@@ -35,6 +36,12 @@ def command(
 
 class Watched(Started):
     """A run of which one rank is about to be hurt."""
+
+    started: ClassVar[list[Watched]] = []
+
+    def __init__(self, command: list[str | Path], folder: Path) -> None:
+        super().__init__(command, folder)
+        self.started.append(self)
 
     def wait_for_training(self) -> list[psutil.Process]:
         """Until all ranks train; they in order of their ranks."""
@@ -68,18 +75,21 @@ def _temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
 
 
+@pytest.fixture(autouse=True)
+def _no_run_stays() -> Iterator[None]:
+    """Whatever a test found: its runs would train for ever."""
+    yield
+    while Watched.started:
+        run = Watched.started.pop()
+        if run.process.poll() is None:
+            for process in psutil.Process(run.process.pid).children(recursive=True):
+                process.kill()
+            run.process.kill()
+
+
 @pytest.fixture
-def run(tiny: Tiny, tmp_path: Path) -> Iterator[Watched]:
-    run = Watched(command(tiny, tmp_path / "run"), tmp_path / "run")
-    yield run
-    kill(run)
-
-
-def kill(run: Started) -> None:
-    if run.process.poll() is None:
-        for process in psutil.Process(run.process.pid).children(recursive=True):
-            process.kill()
-        run.process.kill()
+def run(tiny: Tiny, tmp_path: Path) -> Watched:
+    return Watched(command(tiny, tmp_path / "run"), tmp_path / "run")
 
 
 def faulty(
@@ -117,10 +127,7 @@ def check_stopped(run: Watched, hurt: int) -> str:
 
 def test_a_stopped_rank_is_named_and_ended(tiny: Tiny, tmp_path: Path) -> None:
     run = Watched(command(tiny, tmp_path / "run", world_size=2), tmp_path / "run")
-    try:
-        log = check_stopped(run, 1)
-    finally:
-        kill(run)
+    log = check_stopped(run, 1)
     assert len(re.findall("^> +1 .* stopped ", log, re.MULTILINE)) == 1, log
     assert len(re.findall("^ +0 .* running ", log, re.MULTILINE)) == 1, log
 
@@ -257,17 +264,18 @@ def test_two_runs_at_once_do_not_meet(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_port_that_is_taken(tiny: Tiny, tmp_path: Path) -> None:
     """By another run: that one goes on."""
+    port = str(free_port())
     first = command(tiny, tmp_path / "one")
-    first[1:1] = ["--master_port", "29613"]
+    first[1:1] = ["--master_port", port]
     one = Watched(first, tmp_path / "one")
     one.wait_for_training()
     second = command(tiny, tmp_path / "two")
-    second[1:1] = ["--master_port", "29613"]
+    second[1:1] = ["--master_port", port]
     two = Watched(second, tmp_path / "two")
     two.end(240)
     lines = said(two.log.read_text())
-    assert "MASTER_PORT = 29613: another process listens there; give each run a port" in lines[0]
-    assert all("MASTER_PORT = 29613: another run on this machine" in lines[r] for r in lines if r)
+    assert f"MASTER_PORT = {port}: another process listens there; give each run a" in lines[0]
+    assert all(f"MASTER_PORT = {port}: another run on this machine" in lines[r] for r in lines if r)
     assert not two.folder.exists()
     ranks(one)[0].send_signal(signal.SIGUSR1)
     assert one.end() == 0, one.log.read_text()
