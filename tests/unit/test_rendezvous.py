@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -27,9 +29,11 @@ LAUNCHED = {
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*LAUNCHED, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
+def _environment() -> Iterator[None]:
+    with mock.patch.dict(os.environ):  # also what is set within is gone afterwards
+        for name in (*LAUNCHED, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+            os.environ.pop(name, None)
+        yield
 
 
 def be(monkeypatch: pytest.MonkeyPatch, launcher: ProcessId | None, **changes: str) -> None:
@@ -48,7 +52,7 @@ def taken() -> Iterator[int]:
 
 
 def port() -> int:
-    return int(rendezvous.os.environ["MASTER_PORT"])
+    return int(os.environ["MASTER_PORT"])
 
 
 def test_one_rank_needs_no_store() -> None:
