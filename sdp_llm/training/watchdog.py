@@ -161,7 +161,8 @@ class Watchdog:
             before = now
             if ACTIVITY.beats != beats:
                 beats, self._quiet = ACTIVITY.beats, 0.0
-            faulthandler.dump_traceback_later(self._limit + 2 * TICK_S, file=2)
+            # For a rank whose Python stands still from here on, whatever its first step did before.
+            faulthandler.dump_traceback_later(self._timeout + 2 * TICK_S, file=2)
             self._verdict = self._find_verdict()
             if self._verdict is not None:
                 faulthandler.cancel_dump_traceback_later()
