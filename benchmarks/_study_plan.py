@@ -16,9 +16,9 @@ WIDE, WIDEST, DEEP, SHALLOW = Model(64), Model(128), Model(32, 16), Model(32, 4)
 # The learning rates that are tried, with seed 0, and the budget they are tried with.
 GRIDS: Mapping[Model, tuple[tuple[float, ...], int]] = {
     BASE: ((0.002, 0.004, 0.008, 0.016, 0.032), STEPS),
-    WIDE: ((0.002, 0.004, 0.008), 500),
-    DEEP: ((0.002, 0.004, 0.008), 500),
-    WIDEST: ((0.001, 0.002, 0.004), 300),
+    WIDE: ((0.002, 0.004, 0.008), SHORT),
+    DEEP: ((0.002, 0.004, 0.008), SHORT),
+    WIDEST: ((0.001, 0.002, 0.004), SHORT),
 }
 SWEEP = 0
 
@@ -51,6 +51,20 @@ def _smaller(blocks: int, steps: int = STEPS) -> Case:
     return Case(replace(BASE, blocks=blocks), DENSE, steps, reference=BASE)
 
 
+def _at_budgets(*budgets: int) -> list[Case]:
+    """What the smaller model is compared with, at other budgets."""
+    return [
+        case
+        for steps in budgets
+        for case in (
+            Case(BASE, DENSE, steps),
+            Case(BASE, HALF, steps),
+            _smaller(5, steps),
+            Case(BASE, "forward 1/2, last 50% full", steps),
+        )
+    ]
+
+
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
@@ -64,15 +78,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     2: (
         *_at([DENSE, HALF, "backward 1/2"]),
         *(_smaller(blocks) for blocks in (5, 6, 4)),
-        *(
-            case
-            for steps in (LONG, SHORT)
-            for case in (
-                Case(BASE, DENSE, steps),
-                Case(BASE, HALF, steps),
-                _smaller(5, steps),
-            )
-        ),
+        *_at_budgets(SHORT, LONG),
     ),
     3: (
         *_at([DENSE, HALF, "forward 1/2, rotated every 1"]),
@@ -131,7 +137,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
             (WIDE, STEPS, 1),
             (DEEP, STEPS, 1),
             (SHALLOW, STEPS, 1),
-            (WIDEST, 600, 1),
+            (WIDEST, SHORT, 1),
             (BASE, STEPS // 2, 2),
         )
         for kind in (DENSE, HALF)
@@ -156,19 +162,22 @@ FIRST = frozenset(
         *_at(["forward 1/2, rotated every 1", "forward 1/2, rotated every 50, last 50% full"]),
         *_at(["forward 1/4, 1/2, full, a third each"]),
         _smaller(5),
+        *_at_budgets(SHORT),
     )
 )
-# What tells least for its time: trained after everything else.
-LATE = frozenset(
+# What answers a question where the first tier does not.
+SECOND = frozenset(
     (
-        *_at(["backward 3/4", "backward 1/4", "backward 1/2, no pins"]),
-        *_at(["forward 3/4, no pins", "forward 1/4, no pins"]),
-        *_at([*_PINNED[3:], *_UNPINNED], is_equal_flops=False),
-        *_at(["forward 1/2, rotated every 500", "forward 1/2, first 20% full"]),
-        *_at([f"forward 1/2, last 5% {name}" for name in ("full", "backward")]),
-        *_at(["forward 1/2, cyclic", "forward 1/2, two interleaved"]),
+        *_at_budgets(LONG),
         _smaller(4),
-        *(case for case in QUESTIONS[8] if case.model == WIDEST),
+        *_at(["forward 1/2, last 20% full", "forward 1/2, two halves"]),
+        *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
+        *_at(["forward 1/2, first pinned", "forward 1/2, last pinned"]),
+        *_at(["forward 1/2, two of each pinned"]),
+        *_at([HALF], is_equal_flops=False),
+        *(Case(WIDE, kind, steps) for kind in (DENSE, HALF) for steps in (SHORT, STEPS)),
+        *(Case(WIDEST, kind, SHORT) for kind in (DENSE, HALF)),
+        Case(replace(BASE, dropout=0.1), DENSE, STEPS),
     )
 )
 
@@ -185,7 +194,7 @@ class Planned:
 
 def tier(case: Case) -> int:
     """0 for what the defaults hang on, 2 for what can wait longest."""
-    return 0 if case in FIRST else 2 if case in LATE else 1
+    return 0 if case in FIRST else 1 if case in SECOND else 2
 
 
 def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Planned]:
