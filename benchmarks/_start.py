@@ -20,7 +20,7 @@ from benchmarks._case import LEARNING_RATE, MAX_NORM
 from benchmarks._systems import CHECKPOINTING, SDP, UNSHARDED, System, Workload
 from benchmarks.storages import engine_members, state_tensors
 from sdp_llm.distributed import init_distributed
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.subnetwork.adapter import find_blocks
 

@@ -24,7 +24,7 @@ from benchmarks._record import markdown_table, write_results
 from benchmarks._resident import resident
 from benchmarks.allocations import BACKWARD, STEP, TRANSIENT, AllocationTracker
 from benchmarks.storages import MODEL_STATE, engine_members, sort_storages
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.plan.cost import rank_memory, rank_traffic
 from sdp_llm.plan.size import FP32_BYTES
 from sdp_llm.subnetwork.measure import load_model_config

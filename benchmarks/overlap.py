@@ -27,7 +27,7 @@ from benchmarks._command import run_command
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
 from benchmarks._systems import Workload, parse_system
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.sharding.collectives import Communicator, Pending
 from sdp_llm.subnetwork.measure import load_model_config

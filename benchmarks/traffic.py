@@ -28,7 +28,7 @@ from benchmarks._command import run_command
 from benchmarks._network import counted_network, enter_loopback, loopback_bytes
 from benchmarks._ranks import run_ranks
 from benchmarks._record import markdown_table, write_results
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.plan.cost import rank_traffic
 from sdp_llm.subnetwork.measure import load_model_config
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sdp_llm.errors import ConfigError, TrainingStopped
 
 if TYPE_CHECKING:
-    from sdp_llm.engine import SDPEngine, initialize
+    from sdp_llm.engine import SDPEngine
+    from sdp_llm.initialization import initialize
 
 __all__ = ["ConfigError", "SDPEngine", "TrainingStopped", "initialize"]
 
@@ -19,7 +20,7 @@ __all__ = ["ConfigError", "SDPEngine", "TrainingStopped", "initialize"]
 def __getattr__(name: str) -> Any:
     # The engine imports torch and DeepSpeed; checking a config must not wait for them.
     if name in ("SDPEngine", "initialize"):
-        from sdp_llm import engine
+        from sdp_llm import initialization
 
-        return getattr(engine, name)
+        return getattr(initialization, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

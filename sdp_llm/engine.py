@@ -27,7 +27,7 @@ from sdp_llm.checkpoint.export import export_pretrained
 from sdp_llm.checkpoint.load import latest_tag, load_tensors, open_checkpoint
 from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
 from sdp_llm.checkpoint.training_state import COUNTERS, adopt_scheduler, training_state
-from sdp_llm.config import RunConfig, deepspeed_dict, load_config, parse_config
+from sdp_llm.config import RunConfig, deepspeed_dict
 from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
@@ -42,60 +42,10 @@ from sdp_llm.sharding.reducer import GradientReducer
 from sdp_llm.unsupported import refuse_unsupported, unsupported
 
 
-def initialize(
-    model: Source,
-    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
-    *,
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
-    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
-    training_data: Any = None,
-    collate_fn: Any = None,
-    total_num_steps: int | None = None,
-) -> tuple[SDPEngine, ShardedOptimizer, Any, Any]:
-    """What ``deepspeed.initialize`` is to DeepSpeed: one call from a model and a config.
-
-    Collective over the world; starts torch.distributed where it is not yet.
-
-    :param model: a HuggingFace config of a decoder-only model, of which each rank builds its
-        subnetwork alone; or a model, of which each rank keeps its subnetwork.
-    :param config: a run config, its ``model``, ``data`` and ``training`` sections optional. Where
-        ``model.init_from`` names a checkpoint, a rank reads its subnetwork's weights from it.
-    :param optimizer: makes an element-wise optimizer from parameter groups, instead of the
-        config's ``optimizer``.
-    :param lr_scheduler: makes a scheduler from an optimizer, instead of the config's.
-    :param total_num_steps: the budget: that of ``sdp.schedule``, and what
-        ``scheduler.params.total_num_steps: "auto"`` stands for.
-    :returns: engine, optimizer, dataloader (None without ``training_data``) and scheduler.
-    :raises ConfigError: for a wrong config or a model without a single list of blocks.
-    """
-    if isinstance(config, RunConfig):
-        run = config
-    elif isinstance(config, Mapping):
-        run = parse_config(config)
-    else:
-        run = load_config(Path(config))
-    for name, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
-        if value is not None and not callable(value):
-            raise ConfigError(
-                f"{name}: {type(value).__name__} is an instance; the parameters that a rank "
-                "optimises exist only inside the engine: pass a function that makes it from them"
-            )
-    engine = SDPEngine(
-        model,
-        run,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        training_data=training_data,
-        collate_fn=collate_fn,
-        total_num_steps=total_num_steps,
-    )
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
 @refuse_unsupported
 class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     """Trains this rank's subnetwork; ``engine(batch)``, ``engine.backward(loss)``,
-    ``engine.step()`` as with DeepSpeed. Built by :func:`initialize`."""
+    ``engine.step()`` as with DeepSpeed. Built by :func:`sdp_llm.initialize`."""
 
     sharded: ShardedModel
     param_names: dict[Tensor, str]

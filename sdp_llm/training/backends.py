@@ -15,8 +15,9 @@ from sdp_llm.activity import ACTIVITY, COMPUTE, EXPORT, LOAD
 from sdp_llm.checkpoint.background import BackgroundSave
 from sdp_llm.checkpoint.export import copy_tokenizer
 from sdp_llm.config import RunConfig
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.sharding.consistency import differing_units

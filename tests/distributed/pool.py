@@ -17,7 +17,7 @@ from typing import Any
 
 # Forked from one process that has imported them: the imports take longer than most tests.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "sdp_llm.engine"])
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "sdp_llm.initialization"])
 
 TIMEOUT_S = 120
 

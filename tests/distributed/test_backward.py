@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from tests.distributed.compare import assembled, whole
 from tests.distributed.pool import Pool

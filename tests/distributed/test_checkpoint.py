@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from sdp_llm.checkpoint.save import seal
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
 from sdp_llm.errors import ConfigError
+from sdp_llm.initialization import initialize
 from sdp_llm.training.checkpoints import largest_share
 from tests.distributed.compare import assembled, whole
 from tests.distributed.pool import Pool

@@ -11,7 +11,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from tests.distributed.compare import distance, whole
 from tests.distributed.pool import Pool

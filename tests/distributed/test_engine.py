@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime import lr_schedules
 from transformers import LlamaForCausalLM
 
-from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
+from sdp_llm.initialization import initialize
 from sdp_llm.plan import make_plan
 from sdp_llm.sharding.collectives import Pending
 from sdp_llm.simulation import Simulation

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.checkpoint.export import export_pretrained
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from tests.distributed.compare import whole
 from tests.distributed.pool import Pool

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.config import parse_config
-from sdp_llm.engine import initialize
 from sdp_llm.errors import ConfigError
+from sdp_llm.initialization import initialize
 from sdp_llm.optim import build_optimizer
 from sdp_llm.plan import plan_from_config
 from sdp_llm.simulation import Simulation

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from benchmarks.allocations import AllocationTracker
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.plan import Plan, make_plan
 from sdp_llm.sharding.unit import Unit

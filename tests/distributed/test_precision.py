@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
+from sdp_llm.initialization import initialize
 from sdp_llm.plan import make_plan
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import assembled, distance

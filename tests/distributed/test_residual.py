@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sdp_llm.checkpoint.convert import export_checkpoint
 from sdp_llm.checkpoint.find import find_checkpoint
-from sdp_llm.engine import initialize
+from sdp_llm.initialization import initialize
 from sdp_llm.plan import make_plan
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import whole

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
-from sdp_llm.engine import SDPEngine, initialize
+from sdp_llm.engine import SDPEngine
+from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.sharding.unit import Unit
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sdp_llm.config import load_config
 from sdp_llm.data import IndexedDataset, PackedDataset, validation_samples
-from sdp_llm.engine import initialize
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.initialization import initialize
 from sdp_llm.plan import make_plan
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.measure import load_model_config

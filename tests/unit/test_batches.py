@@ -32,7 +32,9 @@ BATCH, STEPS = 6, 7
 @pytest.fixture(autouse=True)
 def server() -> None:
     """The server of this process must be the one with the imports that the pools need."""
-    _CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "sdp_llm.engine"])
+    _CONTEXT.set_forkserver_preload(
+        ["torch", "transformers", "deepspeed", "sdp_llm.initialization"]
+    )
     multiprocessing.forkserver.ensure_running()
 
 

@@ -19,6 +19,7 @@ LAYERS = (
     ("sharding", "simulation"),
     ("checkpoint", "evaluation", "exported"),
     ("engine",),
+    ("initialization",),
     ("report",),
     ("training",),
 )
