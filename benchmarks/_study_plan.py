@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,33 +14,41 @@ STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block
 SHORT, LONG = STEPS // 4, STEPS * 3
 
 WIDE, WIDEST, DEEP, SHALLOW = Model(64), Model(128), Model(32, 16), Model(32, 4)
-# The learning rates that are tried, with seed 0, and the budget they are tried with.
-GRIDS: Mapping[Model, tuple[tuple[float, ...], int]] = {
-    BASE: ((0.002, 0.004, 0.008, 0.016, 0.032), STEPS),
-    WIDE: ((0.002, 0.004, 0.008), SHORT),
-    DEEP: ((0.002, 0.004, 0.008), SHORT),
-    WIDEST: ((0.001, 0.002, 0.004), SHORT),
+# The learning rates that are tried, with seed 0, by model and budget.
+GRIDS: Mapping[tuple[Model, int], tuple[float, ...]] = {
+    (BASE, STEPS): (0.002, 0.004, 0.008, 0.016, 0.032),
+    (BASE, SHORT): (0.004, 0.008, 0.016, 0.032),
+    (WIDE, SHORT): (0.004, 0.008, 0.016),
+    (DEEP, SHORT): (0.004, 0.008, 0.016),
+    (WIDEST, SHORT): (0.002, 0.004, 0.008),
 }
 SWEEP = 0
 
-Rates = Mapping[tuple[Model, str], float]
+Grid = tuple[Model, int]
+Rates = Mapping[tuple[Grid, str], float]
+
+
+def grid_of(case: Case) -> Grid:
+    """The sweep a case takes its rate from: its own model's or the base's, of the next budget."""
+    model = replace(case.model, dropout=0.0)
+    if model not in {swept for swept, _ in GRIDS}:
+        model = BASE
+    budgets = [steps for swept, steps in GRIDS if swept == model]
+    return model, min(budgets, key=lambda steps: abs(math.log(steps / case.dense_steps)))
 
 
 def learning_rate(case: Case, rates: Rates) -> float | None:
-    """The best rate of the case's family on its own model, else on the base model.
+    """The best rate of the case's family in its sweep.
 
-    :param rates: what the sweeps have found, by model and family.
+    :param rates: what the sweeps have found, by sweep and family.
     """
-    model = replace(case.model, dropout=0.0)
-    if model not in GRIDS:
-        model = BASE
-    return rates.get((model, case.family))
+    return rates.get((grid_of(case), case.family))
 
 
-def sweep(model: Model, family: str) -> list[Run]:
+def sweep(grid: Grid, family: str) -> list[Run]:
     """The runs that choose the learning rate of a model."""
-    grid, steps = GRIDS[model]
-    return [Run(Case(model, family, steps), rate, 0) for rate in grid]
+    model, steps = grid
+    return [Run(Case(model, family, steps), rate, 0) for rate in GRIDS[grid]]
 
 
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
@@ -213,8 +222,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
 def _of_case(
     case: Case, question: int, seed: int, rates: Rates, listed: set[Run | tuple[Case, int]]
 ) -> Iterator[Planned]:
-    model = replace(case.model, dropout=0.0)
-    for run in sweep(model if model in GRIDS else BASE, case.family):
+    for run in sweep(grid_of(case), case.family):
         if run not in listed:
             listed.add(run)
             yield Planned(SWEEP, run.case, run.seed, run)
