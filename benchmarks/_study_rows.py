@@ -85,8 +85,16 @@ def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row], extra: Mapping[str, Callable[[Row], str]] | None = None) -> str:
-    """Loss and cost of each row."""
+def table(
+    rows: Sequence[Row],
+    extra: Mapping[str, Callable[[Row], str]] | None = None,
+    shown: Sequence[str] | None = None,
+) -> str:
+    """Loss and cost of each row.
+
+    :param extra: columns after the first one.
+    :param shown: the other columns that are printed; None: all.
+    """
     dense = next((row.flops for row in rows if row.case == Case(BASE, DENSE, STEPS)), None)
     columns: dict[str, Callable[[Row], str]] = {
         "training": lambda row: row.label,
@@ -101,4 +109,6 @@ def table(rows: Sequence[Row], extra: Mapping[str, Callable[[Row], str]] | None 
         "stage 2, MiB": lambda row: f"{row.memory(2):.2f}",
         "sent, MiB": lambda row: f"{row.sent(0):,.0f}",
     }
+    if shown is not None:
+        columns = {name: f for name, f in columns.items() if name in shown or name in (extra or {})}
     return markdown_table(list(columns), [[f(row) for f in columns.values()] for row in rows])

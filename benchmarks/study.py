@@ -4,7 +4,7 @@ python data_prep/train_tokenizer.py --input FINEWEB.parquet --vocab_size 2048 --
 python data_prep/tokenize_fineweb.py --source FINEWEB.parquet --tokenizer TOKENIZER \
     --output DIR --validation_fraction 0.05
 python benchmarks/study.py run --data DIR --output runs/study
-python benchmarks/study.py report --output runs/study --pages docs/study
+python benchmarks/study.py report --output runs/study --pages docs/study --fill docs/study.md
 
 `run` trains what is missing, one process per run, and may be killed and started again; a file
 named `stop` in the output folder lets it end after the runs that are under way. Each run takes
@@ -80,10 +80,15 @@ def show(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write tables and pictures of the results that are there."""
+    from benchmarks._study_page import fill
     from benchmarks._study_report import write_report
 
-    for path in write_report(read_results(arguments.output), arguments.pages):
+    results = read_results(arguments.output)
+    for path in write_report(results, arguments.pages):
         print(path)
+    if arguments.fill:
+        arguments.fill.write_text(fill(arguments.fill.read_text("utf-8"), results), "utf-8")
+        print(arguments.fill)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -115,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--output", type=Path, required=True, help="folder of the study")
         if name == "report":
             add("--pages", type=Path, required=True, help="folder that is written")
+            add("--fill", type=Path, help="page whose tables are made anew")
         else:
             add("--data", type=Path, required=True, help="folder of the tokenized corpus")
         if name == "one":

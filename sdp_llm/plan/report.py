@@ -196,7 +196,7 @@ def _step_table(costs: dict[str, Cost], whose: str) -> str:
 def _assumptions(schedule: Schedule, setup: CostSetup) -> str:
     moves = ""
     if len(schedule.phases) > 1 or schedule.phases[0].rotate_every:
-        moves = " What moves between ranks when the plan changes is not counted."
+        moves = " What ranks send when the plan changes is counted, spread over the steps."
     moments = f"{setup.moment_bytes} bytes of moments per parameter"
     return (
         f"Predicted for all columns with fp32 gradients, {moments}, the same batch and, on "

@@ -6,18 +6,20 @@ from dataclasses import dataclass, replace
 
 from sdp_llm.config import SDPConfig
 from sdp_llm.errors import ConfigError
-from sdp_llm.plan.cost import ComputeCost, Cost, TrafficCost, sdp_cost
-from sdp_llm.plan.schedule import Schedule, phase_plans
+from sdp_llm.plan.change_cost import changes_per_step
+from sdp_llm.plan.cost import ComputeCost, Cost, TrafficCost, rank_traffic, sdp_cost
+from sdp_llm.plan.schedule import Phase, Schedule, phase_plans
 from sdp_llm.plan.size import CostSetup, ModelSize
 from sdp_llm.plan.tables import GIB
 
 
 @dataclass(frozen=True)
 class ScheduleCost:
-    """The cost of each phase, in their order; that of a rotation is its phase's.
+    """The cost of each phase, in their order.
 
     Attributes:
-        phases: one for each phase.
+        phases: one for each phase; what ranks send when the plan changes, at its beginning and in
+            its rotations, is spread over its steps.
         most: index of the phase whose rank that needs most memory needs most.
         whole: memory of that phase; traffic and compute in the mean over the steps.
     """
@@ -32,10 +34,7 @@ def schedule_cost(size: ModelSize, schedule: Schedule, setup: CostSetup) -> Sche
 
     :param setup: its masking is replaced by each phase's.
     """
-    costs = tuple(
-        sdp_cost(size, phase.plan, replace(setup, masking=phase.masking))
-        for phase in schedule.phases
-    )
+    costs = tuple(_phase_cost(size, schedule, phase, setup) for phase in schedule.phases)
     totals = [cost.memory.total for cost in costs]
     most = totals.index(max(totals))
     steps = [phase.stop - phase.start for phase in schedule.phases]
@@ -55,6 +54,16 @@ def schedule_cost(size: ModelSize, schedule: Schedule, setup: CostSetup) -> Sche
         ),
     )
     return ScheduleCost(costs, most, whole)
+
+
+def _phase_cost(size: ModelSize, schedule: Schedule, phase: Phase, setup: CostSetup) -> Cost:
+    setup = replace(setup, masking=phase.masking)
+    cost = sdp_cost(size, phase.plan, setup)
+    changes = changes_per_step(size, schedule, phase, setup)
+    if not any(changes):
+        return cost
+    sent = [rank_traffic(size, phase.plan, setup, rank) + s for rank, s in enumerate(changes)]
+    return replace(cost, traffic=TrafficCost(round(sum(sent) / len(sent)), round(max(sent))))
 
 
 def mean_flops_per_token(

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY
+from sdp_llm.plan.move import Move, optimised_bounds, transfers
 from sdp_llm.sharding.collectives import Communicator
-from sdp_llm.sharding.move import Move, optimised_bounds, transfers
 from sdp_llm.sharding.unit import MASTER, Unit
 from sdp_llm.subnetwork.adapter import ParameterSpec, UnitLayout
 

@@ -16,10 +16,10 @@ import torch
 from sdp_llm.agree import agree, check_agreement
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
+from sdp_llm.plan.move import Move, order
 from sdp_llm.sharding.arrival import wait_before_use
 from sdp_llm.sharding.groups import create_owner_groups
 from sdp_llm.sharding.materialize import ShardedModel
-from sdp_llm.sharding.move import Move, order
 from sdp_llm.sharding.optimizer import parameter_groups
 from sdp_llm.sharding.pieces import Description, Pieces, describe, exchange, put, take
 from sdp_llm.sharding.unit import Unit
@@ -44,7 +44,7 @@ def rebuild(
 
     ``sharded`` is of no use afterwards. Memory: gradients, and weights that this rank must not
     keep, are given up first; then it never holds more than one unit beyond the larger of what it
-    holds before and after (:func:`~sdp_llm.sharding.move.order`).
+    holds before and after (:func:`~sdp_llm.plan.move.order`).
 
     :param inner: on the groups of :func:`~sdp_llm.sharding.optimizer.parameter_groups`; it and its
         groups stay the same objects.

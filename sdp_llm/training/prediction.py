@@ -8,6 +8,7 @@ from typing import Any
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Phase, Schedule
+from sdp_llm.plan.change_cost import changes_per_step
 from sdp_llm.plan.cost import (
     MemoryCost,
     rank_flops_per_token,
@@ -51,6 +52,10 @@ class Prediction:
             "memory_bytes": [asdict(self.memory(rank, phase.start)) for rank in ranks],
             "bytes_sent_per_step": [
                 round(rank_traffic(self.size, plan, setup, rank)) for rank in ranks
+            ],
+            "bytes_sent_by_changes_per_step": [
+                round(sent)
+                for sent in changes_per_step(self.size, self.schedule, phase, self.setup)
             ],
             "flops_per_token": [
                 rank_flops_per_token(self.size, plan, setup, rank) for rank in ranks

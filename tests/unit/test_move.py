@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from sdp_llm.plan import Plan, make_plan
-from sdp_llm.sharding.move import Move, optimised_bounds, order, shard_bounds, transfers
+from sdp_llm.plan.move import Move, optimised_bounds, order, shard_bounds, transfers
 
 NUMEL = 840  # of a unit
 WORLDS = [(2, 6), (3, 7), (4, 6), (5, 20), (8, 34)]
