@@ -19,7 +19,7 @@ _BUDGET: Mapping[str, Callable[[Row], str]] = {
 _MODEL: Mapping[str, Callable[[Row], str]] = {
     "model": lambda row: str(row.case.model),
     **_BUDGET,
-    "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost['parameters']:.0f}",
+    "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost.parameters:.0f}",
 }
 
 

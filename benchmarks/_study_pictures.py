@@ -96,7 +96,7 @@ def fronts(rows: Sequence[Row], path: Path) -> None:
     panels: tuple[tuple[str, Callable[[Row], float]], ...] = (
         (FLOPS, lambda row: row.flops / 1e12),
         ("MiB of a rank at its peak, stage 0", lambda row: row.memory(0)),
-        ("MiB of model state of a rank, stage 0", lambda row: row.memory(0, "state")),
+        ("MiB of model state of a rank, stage 0", lambda row: row.state(0)),
         ("MiB that a rank sends in the whole run", lambda row: row.sent(0)),
     )
     numbered = sorted(rows, key=lambda row: row.loss.value)
@@ -193,7 +193,7 @@ def gaps(rows: Sequence[Row], path: Path) -> None:
     for name, found in by_model.items():
         found.sort(key=lambda row: row.case.dense_steps)
         axes.errorbar(
-            [_dense_tokens(row) / row.cost["parameters"] for row in found],
+            [_dense_tokens(row) / row.cost.parameters for row in found],
             [row.gap.value for row in found if row.gap],
             yerr=[row.gap.error or 0.0 for row in found if row.gap],
             fmt="-o",

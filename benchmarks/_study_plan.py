@@ -13,14 +13,16 @@ BASE = Model()
 STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block parameter
 SHORT, LONG = STEPS // 4, STEPS * 3
 
-WIDE, WIDEST, DEEP, SHALLOW = Model(64), Model(128), Model(32, 16), Model(32, 4)
+NARROW, WIDE, WIDEST = Model(16), Model(64), Model(128)
+DEEP, SHALLOW = Model(32, 16), Model(32, 4)
 # The learning rates that are tried, with seed 0, by model and budget.
 GRIDS: Mapping[tuple[Model, int], tuple[float, ...]] = {
     (BASE, STEPS): (0.002, 0.004, 0.008, 0.016, 0.032),
     (BASE, SHORT): (0.004, 0.008, 0.016, 0.032),
-    (WIDE, SHORT): (0.004, 0.008, 0.016),
-    (DEEP, SHORT): (0.004, 0.008, 0.016),
-    (WIDEST, SHORT): (0.002, 0.004, 0.008),
+    (NARROW, STEPS): (0.008, 0.016),
+    (WIDE, STEPS): (0.004, 0.008),
+    (DEEP, STEPS): (0.004, 0.008),
+    (WIDEST, STEPS // 2): (0.002, 0.004),
 }
 SWEEP = 0
 
@@ -67,9 +69,9 @@ def _at_budgets(*budgets: int) -> list[Case]:
         for steps in budgets
         for case in (
             Case(BASE, DENSE, steps),
-            Case(BASE, HALF, steps),
             _smaller(5, steps),
             Case(BASE, "forward 1/2, last 50% full", steps),
+            Case(BASE, HALF, steps),
         )
     ]
 
@@ -87,7 +89,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     2: (
         *_at([DENSE, HALF, "backward 1/2"]),
         *(_smaller(blocks) for blocks in (5, 6, 4)),
-        *_at_budgets(SHORT, LONG),
+        *_at_budgets(LONG, SHORT),
     ),
     3: (
         *_at([DENSE, HALF, "forward 1/2, rotated every 1"]),
@@ -140,13 +142,12 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         Case(model, kind, steps, samples=samples)
         for model, steps, samples in (
             (BASE, STEPS, 1),
-            (BASE, SHORT, 1),
             (BASE, LONG, 1),
-            (WIDE, SHORT, 1),
+            (NARROW, STEPS, 1),
             (WIDE, STEPS, 1),
-            (DEEP, STEPS, 1),
             (SHALLOW, STEPS, 1),
-            (WIDEST, SHORT, 1),
+            (DEEP, STEPS, 1),
+            (WIDEST, STEPS // 2, 1),
             (BASE, STEPS // 2, 2),
         )
         for kind in (DENSE, HALF)
@@ -171,7 +172,6 @@ FIRST = frozenset(
         *_at(["forward 1/2, rotated every 1", "forward 1/2, rotated every 50, last 50% full"]),
         *_at(["forward 1/4, 1/2, full, a third each"]),
         _smaller(5),
-        *_at_budgets(SHORT),
     )
 )
 # What answers a question where the first tier does not.
@@ -184,8 +184,7 @@ SECOND = frozenset(
         *_at(["forward 1/2, first pinned", "forward 1/2, last pinned"]),
         *_at(["forward 1/2, two of each pinned"]),
         *_at([HALF], is_equal_flops=False),
-        *(Case(WIDE, kind, steps) for kind in (DENSE, HALF) for steps in (SHORT, STEPS)),
-        *(Case(WIDEST, kind, SHORT) for kind in (DENSE, HALF)),
+        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, WIDE)),
         Case(replace(BASE, dropout=0.1), DENSE, STEPS),
     )
 )

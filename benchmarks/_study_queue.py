@@ -34,7 +34,7 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 # Seconds per operation by width, on a core of its own, until there are results of it.
-_GUESSES = {32: 6e-11, 64: 3.5e-11, 128: 2.5e-11}
+_GUESSES = {16: 1e-10, 32: 6e-11, 64: 3.5e-11, 128: 2.5e-11}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def seconds_of(case: Case, results: Results) -> float:
 
 def _seconds_per_operation(model: Model, results: Results) -> float:
     found = [
-        result["cpu_seconds"] / (result["cost"]["flops"] * result["world_size"])
+        result["cpu_seconds"] / (run.case.flops_per_token() * run.case.tokens())
         for run, result in results.by_run.items()
         if run.case.model.hidden == model.hidden and "cpu_seconds" in result
     ]

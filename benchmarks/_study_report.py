@@ -19,7 +19,8 @@ _ABOUT = (
     "Whole-model validation loss in nats per token, mean and standard error over seeds; the gap "
     "is paired by seed with the dense model at the same budget. FLOPs in those of the dense base "
     "model's run. Memory of one rank and bytes that it sends in the whole run are closed forms "
-    "(fp32, AdamW; state and total at ZeRO stage 0, then the total at stage 2)."
+    "(fp32, AdamW; state and total at ZeRO stage 0, then the total at stage 2; bytes with those of "
+    "changes of plan)."
 )
 
 
@@ -179,7 +180,7 @@ def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
     extra: dict[str, Callable[[Row], str]] = {
         "model": lambda row: str(row.case.model),
         "batch": lambda row: f"{row.case.tokens_per_step:,}",
-        "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost['parameters']:.1f}",
+        "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost.parameters:.1f}",
     }
     parts.append(table(rows, extra))
     found = gap_trend(rows)

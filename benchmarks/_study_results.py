@@ -62,7 +62,7 @@ def write_together(results: Results, path: Path) -> None:
     lines = []
     for run, result in sorted(results.by_run.items(), key=lambda entry: entry[0].id):
         command = "python benchmarks/study.py one --data DATA --output OUTPUT --run '{}'"
-        kept = {key: value for key, value in result.items() if key != "config"}
+        kept = {key: value for key, value in result.items() if key not in ("config", "cost")}
         kept["command"] = command.format(json.dumps(run.to_json()))
         lines.append(json.dumps(kept) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

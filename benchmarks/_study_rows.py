@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks._record import markdown_table
-from benchmarks._study_cases import DENSE, Case
+from benchmarks._study_cases import DENSE, Case, Run
+from benchmarks._study_cost import RunCost, run_cost
 from benchmarks._study_numbers import Mean, difference, mean
 from benchmarks._study_plan import BASE, STEPS
 from benchmarks._study_results import Results
@@ -28,22 +29,26 @@ class Row:
     loss: Mean
     gap: Mean | None
     steps: int
-    cost: Mapping[str, Any]
+    cost: RunCost
     lam: float
     by_seed: Mapping[int, Mapping[str, Any]]
 
     @property
     def flops(self) -> float:
         """Operations of a rank in the whole run."""
-        return float(self.cost["flops"])
+        return self.cost.flops
 
-    def memory(self, stage: int, what: str = "total") -> float:
-        """MiB of the rank that needs most."""
-        return float(self.cost["stages"][str(stage)]["memory"][what]) / MIB
+    def memory(self, stage: int) -> float:
+        """MiB of the rank that needs most, at its peak."""
+        return self.cost.memory[stage].total / MIB
+
+    def state(self, stage: int) -> float:
+        """MiB of weights, gradients and optimizer of that rank."""
+        return self.cost.memory[stage].model_state / MIB
 
     def sent(self, stage: int) -> float:
         """MiB that a rank sends in the whole run."""
-        return float(self.cost["stages"][str(stage)]["sent"]) / MIB
+        return self.cost.sent[stage] / MIB
 
 
 def label(case: Case) -> str:
@@ -77,7 +82,7 @@ def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
                 mean(list(losses.values())),
                 None if case == dense_of(case) else difference(losses, dense),
                 first["steps"],
-                first["cost"],
+                run_cost(Run.from_json(first)),
                 first["lam"],
                 found,
             )
@@ -104,7 +109,7 @@ def table(
         "loss": lambda row: str(row.loss),
         "gap to dense": lambda row: row.gap.text("+") if row.gap else "-",
         "seeds": lambda row: str(row.loss.count),
-        "state, MiB": lambda row: f"{row.memory(0, 'state'):.2f}",
+        "state, MiB": lambda row: f"{row.state(0):.2f}",
         "total, MiB": lambda row: f"{row.memory(0):.2f}",
         "stage 2, MiB": lambda row: f"{row.memory(2):.2f}",
         "sent, MiB": lambda row: f"{row.sent(0):,.0f}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,12 @@ from sdp_llm.config import RunConfig, parse_config
 from sdp_llm.data.sampler import validation_samples
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.plan import analyze
-from sdp_llm.plan.schedule_cost import schedule_cost
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.backends import SimulationBackend, Step
-from sdp_llm.training.budget import run_size
 from sdp_llm.training.inputs import Inputs, load_inputs
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.trainer import Trainer
 
-STAGES = (0, 2)
 PROBES = 8  # in a run that is probed
 PROBE_SAMPLES = 64  # of the validation corpus
 
@@ -118,7 +114,6 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
         "validation_tokens": trainer.last_validation.tokens,
         "validations": _validations(folder.path),
         "lam": analyze(inputs.schedule.phases[0].plan).lam,
-        "cost": costs(run, inputs),
         "alignment": backend.alignment,
         "cpu_seconds": round(seconds, 1),
         "config": config,
@@ -128,25 +123,6 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
-
-
-def costs(run: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """Closed forms of a rank: by ZeRO stage memory and bytes sent, and the operations of the run.
-
-    Memory is of the phase and rank that need most, bytes and operations are of all steps, in the
-    mean over the ranks.
-    """
-    size, setup = run_size(run, inputs.model, inputs.batch, "nccl")
-    steps = inputs.schedule.total_steps
-    stages = {}
-    for stage in STAGES:
-        cost = schedule_cost(size, inputs.schedule, replace(setup, stage=stage)).whole
-        memory = asdict(cost.memory) | {"state": cost.memory.model_state}
-        memory["total"] = cost.memory.total
-        stages[str(stage)] = {"memory": memory, "sent": cost.traffic.mean * steps}
-    samples = inputs.batch.global_batch // WORLD_SIZE
-    tokens = steps * samples * inputs.train.sequence_length  # of a rank
-    return {"stages": stages, "flops": cost.compute.mean * tokens, "parameters": size.numel}
 
 
 def _validations(run_dir: Path) -> list[dict[str, float]]:

@@ -135,7 +135,9 @@ def test_the_card_has_a_row_for_each_phase() -> None:
     assert any(
         line.startswith("limit         0.1 GiB") and "DOES NOT FIT" in line for line in lines
     )
-    assert "What ranks send when the plan changes is counted, spread over the steps." in " ".join(lines)
+    assert "What ranks send when the plan changes is counted, spread over the steps." in " ".join(
+        lines
+    )
 
 
 def test_the_card_of_one_phase_has_no_table_of_phases() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks._record import ROOT
 from benchmarks._study_alignment import alignment, cosine
 from benchmarks._study_cases import (
     DENSE,
@@ -22,8 +23,10 @@ from benchmarks._study_cases import (
     Run,
     size_of,
 )
+from benchmarks._study_cost import run_cost, run_schedule
 from benchmarks._study_merged import accumulate
 from benchmarks._study_numbers import difference, fit, mean
+from benchmarks._study_page import fill
 from benchmarks._study_plan import (
     BASE,
     FIRST,
@@ -53,8 +56,9 @@ from benchmarks._study_train import StudyBackend
 from sdp_llm.config import parse_config, resolve_batch
 from sdp_llm.data import IndexedDatasetWriter
 from sdp_llm.plan import analyze, make_plan, plan_from_config
+from sdp_llm.plan.schedule_cost import schedule_cost
 from sdp_llm.simulation import Simulation
-from sdp_llm.training.budget import total_steps
+from sdp_llm.training.budget import run_size, total_steps
 from sdp_llm.training.inputs import load_inputs
 
 AT_BASE = (BASE, STEPS)
@@ -87,7 +91,7 @@ def test_a_run_waits_for_the_sweep_that_chooses_its_rate() -> None:
 
 
 def test_models_without_a_sweep_take_the_rate_of_the_base() -> None:
-    rates = {(AT_BASE, DENSE): 0.008, (AT_BASE, HALF): 0.004, ((WIDE, SHORT), DENSE): 0.002}
+    rates = {(AT_BASE, DENSE): 0.008, (AT_BASE, HALF): 0.004, ((WIDE, STEPS), DENSE): 0.002}
     assert learning_rate(Case(Model(32, 5), DENSE, STEPS), rates) == 0.008
     assert learning_rate(Case(Model(dropout=0.1), DENSE, STEPS), rates) == 0.008
     assert learning_rate(Case(BASE, "backward 1/2", STEPS), rates) == 0.004
@@ -274,7 +278,6 @@ def _result(run: Run) -> dict[str, Any]:
     gap = 0.0
     if case.family == HALF:
         gap = 0.1 * math.log2(dense_of(case).tokens() / parameters)
-    memory = {"state": 2**20, "total": 3 * 2**20}
     units = {"embedding": 0.5, **{f"block {b}": 0.1 * b for b in range(case.model.blocks)}}
     probe = {"units": units, "norms": units, "ranks": [0.4, 0.6]}
     return {
@@ -287,11 +290,6 @@ def _result(run: Run) -> dict[str, Any]:
         "cpu_seconds": 100.0,
         "lam": 0.5,
         "alignment": [{"step": s, "forward": probe, "backward": probe} for s in (0, 10)],
-        "cost": {
-            "flops": case.flops_per_token() * case.tokens() / WORLD_SIZE,
-            "parameters": parameters,
-            "stages": {str(s): {"memory": memory, "sent": 5 * 2**20} for s in (0, 2)},
-        },
     }
 
 
@@ -325,6 +323,39 @@ def test_a_row_says_how_many_seeds_it_has_and_pairs_its_gap(results: Results) ->
     lines = table([dense, half]).splitlines()
     assert lines[2].split("|")[3].strip() == "1.00"
     assert lines[3].split("|")[6].strip() == "1"
+
+
+@pytest.mark.parametrize("kind", ["forward 1/2, last 20% full", "forward 1/2, rotated every 50"])
+def test_the_cost_of_a_run_is_that_of_its_config(kind: str) -> None:
+    run = Run(Case(BASE, kind, STEPS), 0.004, 1)
+    config = parse_config(run.config("data", "out"))
+    size, setup = run_size(config, BASE.config(), resolve_batch(config, WORLD_SIZE), "nccl")
+    schedule = run_schedule(run)
+    assert schedule.total_steps == run.case.steps()
+    expected = schedule_cost(size, schedule, setup).whole
+    cost = run_cost(run)
+    assert cost.memory[0] == expected.memory
+    assert cost.sent[0] == expected.traffic.mean * run.case.steps()
+    assert cost.flops == pytest.approx(expected.compute.mean * run.case.tokens() / WORLD_SIZE)
+    assert cost.parameters == size.numel
+
+
+def test_the_tables_of_a_page_are_made_anew(results: Results) -> None:
+    page = "Before.\n<!-- table pins -->\nold\n<!-- end -->\nAfter.\n"
+    filled = fill(page, results)
+    assert filled.startswith("Before.\n<!-- table pins -->\n| training")
+    assert "| forward 1/2, last pinned" in filled
+    assert "old" not in filled
+    assert filled.endswith("<!-- end -->\nAfter.\n")
+    assert fill(filled, results) == filled
+    with pytest.raises(KeyError):
+        fill(page.replace("pins", "nothing"), results)
+
+
+def test_the_tables_of_the_study_are_those_of_its_runs() -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert "<!-- table flops -->" in page
+    assert fill(page, read_results(ROOT / "docs" / "study")) == page
 
 
 def test_runs_in_one_file_are_results_again(results: Results, tmp_path: Path) -> None:
