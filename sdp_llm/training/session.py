@@ -14,6 +14,7 @@ from sdp_llm.training.checkpoints import (
     checkpoint_line,
     largest_share,
 )
+from sdp_llm.training.exhausted import out_of_memory_explained
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.memory import MemoryCheck, model_state_bytes
 from sdp_llm.training.prediction import Prediction, predict
@@ -99,7 +100,8 @@ def train(
             trainer.memory_check = MemoryCheck(
                 prediction, backend.rank, lambda: model_state_bytes(backend.engine), say, folder.log
             )
-        is_finished = trainer.fit()
+        with out_of_memory_explained(run, inputs, prediction, backend.rank, lambda: trainer.step):
+            is_finished = trainer.fit()
     except BaseException as error:
         reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"
         status.fail(f"step {position.step}: {reason}")

@@ -57,6 +57,26 @@ def fail() -> None:
     SDPEngine.forward = failing  # type: ignore[method-assign]
 
 
+def exhaust() -> None:
+    """The device has no more memory."""
+    import torch
+
+    from sdp_llm.engine import SDPEngine
+
+    forward, calls = SDPEngine.forward, []
+
+    def failing(self: SDPEngine, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > FIRST:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of "
+                "79.10 GiB of which 1.20 GiB is free. Including non-PyTorch memory, ..."
+            )
+        return forward(self, *arguments, **options)
+
+    SDPEngine.forward = failing  # type: ignore[method-assign]
+
+
 def absent() -> None:
     """The rank never comes."""
     time.sleep(3600)

@@ -182,6 +182,23 @@ def test_a_rank_that_fails_is_named(
 
 
 @pytest.mark.slow
+def test_a_rank_without_memory_says_what_needs_less(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = faulty(tiny, tmp_path / "run", monkeypatch, "exhaust", "1")
+    run.wait_for_training()
+    log = run.ends(TIMEOUT_S + MORE_S)
+    lines = said(log)
+    # A step has two forward passes.
+    assert lines[1].startswith("step 3: out of memory (CUDA out of memory. Tried to allocate 2.00 ")
+    assert "sdp.coverage" in lines[1]
+    assert "Traceback" not in log
+    assert "exits with return code = " in log
+    reason = status(run.folder)["reason"]
+    assert "rank 1 failed in forward/backward" in reason or "out of memory" in reason
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stall", "keep_lock"])
 def test_a_rank_whose_loader_stalls_is_named(
     fault: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
