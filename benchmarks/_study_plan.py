@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,46 +10,38 @@ from benchmarks._study_cases import DENSE, FREE_RATES, HALF, Case, Model, Run
 
 BASE = Model()
 STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block parameter
-SHORT, LONG = STEPS // 4, STEPS * 3
+LONG = STEPS * 3
 
 NARROW, WIDE, WIDEST = Model(16), Model(64), Model(128)
 DEEP, SHALLOW = Model(32, 16), Model(32, 4)
-# The learning rates that are tried, with seed 0, by model and budget.
-GRIDS: Mapping[tuple[Model, int], tuple[float, ...]] = {
-    (BASE, STEPS): (0.002, 0.004, 0.008, 0.016, 0.032),
-    (BASE, SHORT): (0.004, 0.008, 0.016, 0.032),
-    (NARROW, STEPS): (0.008, 0.016),
-    (WIDE, STEPS): (0.004, 0.008),
-    (DEEP, STEPS): (0.004, 0.008),
-    (WIDEST, STEPS // 2): (0.002, 0.004),
+# The learning rates that are tried, with seed 0, and the budget they are tried with.
+GRIDS: Mapping[Model, tuple[tuple[float, ...], int]] = {
+    BASE: ((0.002, 0.004, 0.008, 0.016, 0.032), STEPS),
+    NARROW: ((0.008, 0.016), STEPS),
+    WIDE: ((0.004, 0.008), STEPS),
+    DEEP: ((0.004, 0.008), STEPS),
+    WIDEST: ((0.002, 0.004), STEPS // 2),
 }
 SWEEP = 0
 
-Grid = tuple[Model, int]
-Rates = Mapping[tuple[Grid, str], float]
-
-
-def grid_of(case: Case) -> Grid:
-    """The sweep a case takes its rate from: its own model's or the base's, of the next budget."""
-    model = replace(case.model, dropout=0.0)
-    if model not in {swept for swept, _ in GRIDS}:
-        model = BASE
-    budgets = [steps for swept, steps in GRIDS if swept == model]
-    return model, min(budgets, key=lambda steps: abs(math.log(steps / case.dense_steps)))
+Rates = Mapping[tuple[Model, str], float]
 
 
 def learning_rate(case: Case, rates: Rates) -> float | None:
-    """The best rate of the case's family in its sweep.
+    """The best rate of the case's family on its own model, else on the base model.
 
-    :param rates: what the sweeps have found, by sweep and family.
+    :param rates: what the sweeps have found, by model and family.
     """
-    return rates.get((grid_of(case), case.family))
+    model = replace(case.model, dropout=0.0)
+    if model not in GRIDS:
+        model = BASE
+    return rates.get((model, case.family))
 
 
-def sweep(grid: Grid, family: str) -> list[Run]:
+def sweep(model: Model, family: str) -> list[Run]:
     """The runs that choose the learning rate of a model."""
-    model, steps = grid
-    return [Run(Case(model, family, steps), rate, 0) for rate in GRIDS[grid]]
+    grid, steps = GRIDS[model]
+    return [Run(Case(model, family, steps), rate, 0) for rate in grid]
 
 
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
@@ -62,20 +53,13 @@ def _smaller(blocks: int, steps: int = STEPS) -> Case:
     return Case(replace(BASE, blocks=blocks), DENSE, steps, reference=BASE)
 
 
-def _at_budgets(*budgets: int) -> list[Case]:
-    """What the smaller model is compared with, at other budgets."""
-    return [
-        case
-        for steps in budgets
-        for case in (
-            Case(BASE, DENSE, steps),
-            _smaller(5, steps),
-            Case(BASE, "forward 1/2, last 50% full", steps),
-            Case(BASE, HALF, steps),
-        )
-    ]
-
-
+# What the smaller model is compared with at a longer budget, too.
+_LONG = (
+    Case(BASE, DENSE, LONG),
+    _smaller(5, LONG),
+    Case(BASE, "forward 1/2, last 50% full", LONG),
+    Case(BASE, HALF, LONG),
+)
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
@@ -89,7 +73,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     2: (
         *_at([DENSE, HALF, "backward 1/2"]),
         *(_smaller(blocks) for blocks in (5, 6, 4)),
-        *_at_budgets(LONG, SHORT),
+        *_LONG,
     ),
     3: (
         *_at([DENSE, HALF, "forward 1/2, rotated every 1"]),
@@ -177,7 +161,7 @@ FIRST = frozenset(
 # What answers a question where the first tier does not.
 SECOND = frozenset(
     (
-        *_at_budgets(LONG),
+        *_LONG,
         _smaller(4),
         *_at(["forward 1/2, last 20% full", "forward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
@@ -221,7 +205,8 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
 def _of_case(
     case: Case, question: int, seed: int, rates: Rates, listed: set[Run | tuple[Case, int]]
 ) -> Iterator[Planned]:
-    for run in sweep(grid_of(case), case.family):
+    model = replace(case.model, dropout=0.0)
+    for run in sweep(model if model in GRIDS else BASE, case.family):
         if run not in listed:
             listed.add(run)
             yield Planned(SWEEP, run.case, run.seed, run)

@@ -71,10 +71,10 @@ def write_together(results: Results, path: Path) -> None:
 def best_rates(by_run: Mapping[Run, Mapping[str, Any]]) -> Rates:
     """The rate of the lowest loss, of every sweep that is complete."""
     rates = {}
-    for grid in GRIDS:
+    for model in GRIDS:
         for family in (DENSE, HALF):
-            runs = sweep(grid, family)
+            runs = sweep(model, family)
             if all(run in by_run for run in runs):
                 best = min(runs, key=lambda run: by_run[run]["loss"])
-                rates[grid, family] = best.rate
+                rates[model, family] = best.rate
     return rates

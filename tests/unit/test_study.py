@@ -31,10 +31,8 @@ from benchmarks._study_plan import (
     BASE,
     FIRST,
     GRIDS,
-    LONG,
     QUESTIONS,
     SECOND,
-    SHORT,
     STEPS,
     WIDE,
     learning_rate,
@@ -61,8 +59,7 @@ from sdp_llm.simulation import Simulation
 from sdp_llm.training.budget import run_size, total_steps
 from sdp_llm.training.inputs import load_inputs
 
-AT_BASE = (BASE, STEPS)
-RATES = {(grid, family): 0.004 for grid in GRIDS for family in (DENSE, HALF)}
+RATES = {(model, family): 0.004 for model in GRIDS for family in (DENSE, HALF)}
 CASES = tuple(dict.fromkeys(case for cases in QUESTIONS.values() for case in cases))
 
 
@@ -83,32 +80,25 @@ def test_every_run_is_listed_once_by_tier_and_seed() -> None:
 
 def test_a_run_waits_for_the_sweep_that_chooses_its_rate() -> None:
     entries = list(planned({}, [1], 1))
-    assert entries[0].run == sweep(AT_BASE, DENSE)[0]
+    assert entries[0].run == sweep(BASE, DENSE)[0]
     waiting = [entry for entry in entries if entry.run is None]
     assert Case(BASE, DENSE, STEPS) in [entry.case for entry in waiting]
-    known = list(planned({(AT_BASE, DENSE): 0.008, (AT_BASE, HALF): 0.002}, [1], 1))
+    known = list(planned({(BASE, DENSE): 0.008, (BASE, HALF): 0.002}, [1], 1))
     assert not [entry for entry in known if entry.run is None]
 
 
 def test_models_without_a_sweep_take_the_rate_of_the_base() -> None:
-    rates = {(AT_BASE, DENSE): 0.008, (AT_BASE, HALF): 0.004, ((WIDE, STEPS), DENSE): 0.002}
-    assert learning_rate(Case(Model(32, 5), DENSE, STEPS), rates) == 0.008
-    assert learning_rate(Case(Model(dropout=0.1), DENSE, STEPS), rates) == 0.008
-    assert learning_rate(Case(BASE, "backward 1/2", STEPS), rates) == 0.004
-    assert learning_rate(Case(WIDE, DENSE, STEPS), rates) == 0.002
-
-
-def test_a_budget_without_a_sweep_takes_the_rate_of_the_nearest() -> None:
-    rates = {(AT_BASE, DENSE): 0.008, ((BASE, SHORT), DENSE): 0.032}
-    budgets = (100, 2 * SHORT - 1, 2 * SHORT + 1, LONG)
-    found = [learning_rate(Case(BASE, DENSE, steps), rates) for steps in budgets]
-    assert found == [0.032, 0.032, 0.008, 0.008]
+    rates = {(BASE, DENSE): 0.008, (BASE, HALF): 0.004, (WIDE, DENSE): 0.002}
+    assert learning_rate(Case(Model(32, 5), DENSE, 10), rates) == 0.008
+    assert learning_rate(Case(Model(dropout=0.1), DENSE, 10), rates) == 0.008
+    assert learning_rate(Case(BASE, "backward 1/2", 10), rates) == 0.004
+    assert learning_rate(Case(WIDE, DENSE, 10), rates) == 0.002
 
 
 def test_the_best_rate_is_chosen_from_a_complete_sweep_only() -> None:
-    runs = sweep(AT_BASE, DENSE)
+    runs = sweep(BASE, DENSE)
     losses = {run: {"loss": abs(run.rate - 0.008)} for run in runs}
-    assert best_rates(losses) == {(AT_BASE, DENSE): 0.008}
+    assert best_rates(losses) == {(BASE, DENSE): 0.008}
     del losses[runs[0]]
     assert best_rates(losses) == {}
 
