@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks._study_cases import DENSE
+from benchmarks._study_cases import DENSE, KINDS
 from benchmarks._study_plan import BASE, STEPS
 
 if TYPE_CHECKING:
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
     from benchmarks._study_rows import Row
 
-COLORS = {"dense": "#222222", "forward": "#1f5fa8", "backward": "#c8501e"}
+COLORS = {
+    "dense": "#222222",
+    "forward": "#1f5fa8",
+    "backward": "#c8501e",
+    "changing": "#2c8c57",  # the plan or the masking does
+}
 FLOPS = "TFLOPs of a rank in the whole run"
 LOSS = "whole-model validation loss, nats per token"
 
@@ -35,7 +40,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _color(row: Row) -> str:
-    return COLORS[row.case.kind.split()[0].rstrip(",")]
+    sdp = KINDS[row.case.kind]
+    is_changing = "schedule" in sdp or "rotate_every" in sdp
+    return COLORS["changing" if is_changing else row.case.kind.split()[0].rstrip(",")]
 
 
 def dots(rows: Sequence[Row], path: Path) -> None:
@@ -101,7 +108,7 @@ def fronts(rows: Sequence[Row], path: Path) -> None:
     )
     numbered = sorted(rows, key=lambda row: row.loss.value)
     figure = _figure(11.0, 5.5 + 0.12 * len(numbered))
-    all_axes = figure.subplots(2, 2, sharey=True)
+    all_axes = figure.subplots(2, 2)
     for axes, (name, value) in zip(all_axes.flat, panels, strict=True):
         is_shown = [name == FLOPS or row.case.dense_steps == STEPS for row in numbered]
         _front(axes, numbered, is_shown, value)
