@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks._study_cases import KINDS
 from sdp_llm.config import (
     PhaseConfig,
     RunConfig,
@@ -31,6 +32,12 @@ from sdp_llm.config import (
 from sdp_llm.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+# By name: what the study calls the same (docs/study.md).
+PRESETS = {
+    "memory": "forward 1/2",
+    "balanced": "forward 1/2, last 50% backward",
+    "quality": "forward 1/2, last 50% full",
+}
 
 BASE: Mapping[str, Any] = {
     "train_batch_size": 32,
@@ -308,3 +315,18 @@ def test_twins_differ_in_coverage_and_run_folder_only(size: str) -> None:
     assert (sdp["sdp"].pop("coverage"), dense["sdp"].pop("coverage")) == ("1/2", 1)
     assert sdp["training"].pop("run_dir") != dense["training"].pop("run_dir")
     assert sdp == dense
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_budget_of_the_dense_twin_and_a_schedule_of_the_study(name: str) -> None:
+    preset, dense = (
+        json.loads((CONFIGS / f"llama_134m_{kind}.json").read_text()) for kind in (name, "dense")
+    )
+    sdp = {"masking": "forward", **KINDS[PRESETS[name]]}
+    assert load_config(CONFIGS / f"llama_134m_{name}.json").sdp == parse_config({"sdp": sdp}).sdp
+    tokens = dense["train_batch_size"] * dense["data"]["sequence_length"]
+    steps = preset["training"].pop("flops_of_dense_steps")
+    assert steps * tokens == dense["training"].pop("tokens")
+    for config in (preset, dense):
+        del config["sdp"], config["zero_optimization"], config["training"]["run_dir"]
+    assert preset == dense
