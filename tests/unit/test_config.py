@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = {
     "memory": "forward 1/2",
     "balanced": "forward 1/2, last 50% backward",
-    "quality": "forward 1/2, last 50% full",
+    "quality": "forward 1/4, 1/2, full, a third each",
 }
 
 BASE: Mapping[str, Any] = {
