@@ -184,7 +184,10 @@ def alignments(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("step", fontsize=8)
     for axes in all_axes[:, 0]:
         axes.set_ylabel("cosine to the full gradient", fontsize=8)
-    all_axes[0, -1].legend(title="block", frameon=False, fontsize=7, ncols=2)
+    handles, names = all_axes[0, -1].get_legend_handles_labels()
+    figure.legend(
+        handles, names, title="block", loc="outside right upper", fontsize=7, frameon=False
+    )
     _save(figure, path)
 
 
