@@ -60,6 +60,7 @@ _LONG = (
     Case(BASE, "forward 1/4, 1/2, full, a third each", LONG),
     Case(BASE, HALF, LONG),
     Case(BASE, "forward 1/4", LONG),
+    Case(BASE, "forward 1/2, last 50% backward", LONG),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
