@@ -149,7 +149,7 @@ def _front(
 
 def _budget(row: Row) -> str:
     if row.case.dense_steps != STEPS:
-        return f", {row.case.dense_steps / STEPS:g} of the budget"
+        return f", {row.case.dense_steps / STEPS:g} x the budget"
     return "" if row.case.is_equal_flops or row.case.kind == DENSE else ", equal steps"
 
 

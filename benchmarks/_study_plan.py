@@ -53,14 +53,17 @@ def _smaller(blocks: int, steps: int = STEPS) -> Case:
     return Case(replace(BASE, blocks=blocks), DENSE, steps, reference=BASE)
 
 
-# What the smaller model is compared with at a longer budget, too.
+# What is compared at a longer budget, too.
+_BOTH = (
+    HALF,
+    "forward 1/4",
+    "forward 1/4, 1/2, full, a third each",
+    "forward 1/2, last 50% backward",
+)
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
-    Case(BASE, "forward 1/4, 1/2, full, a third each", LONG),
-    Case(BASE, HALF, LONG),
-    Case(BASE, "forward 1/4", LONG),
-    Case(BASE, "forward 1/2, last 50% backward", LONG),
+    *(Case(BASE, kind, LONG) for kind in _BOTH),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
@@ -73,7 +76,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         *_at([HALF, *_PINNED, *_UNPINNED], is_equal_flops=False),
     ),
     2: (
-        *_at([DENSE, HALF, "backward 1/2"]),
+        *_at([DENSE, *_BOTH, "backward 1/2"]),
         *(_smaller(blocks) for blocks in (5, 6, 4)),
         *_LONG,
     ),
