@@ -43,7 +43,7 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "budgets": lambda results: _by_budget(budgets, results),
         "drops": lambda results: _by_loss(QUESTIONS[3], results),
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
-        "schedules": lambda results: _by_loss([*QUESTIONS[5], *QUESTIONS[9]], results),
+        "schedules": lambda results: _by_loss(QUESTIONS[5], results),
         "plans": lambda results: _by_loss(QUESTIONS[6], results, {"λ": lambda r: f"{r.lam:.2f}"}),
         "sizes": lambda results: _rows(rows_of(QUESTIONS[8], results), _MODEL),
     }

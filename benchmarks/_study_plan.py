@@ -69,6 +69,17 @@ _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backwa
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
+_SCHEDULES = tuple(
+    _at(
+        [
+            "forward 1/2, rotated every 50, last 50% full",
+            "forward 1/4, 1/2, full, a third each",
+            "forward 1/2, rotated every 50, last 20% full",
+            "forward 1/2, rotated every 1, last 50% full",
+        ]
+    )
+)
+
 # By question and in order of what they tell; a case may serve several questions.
 QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     1: (
@@ -96,8 +107,8 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
             ]
         )
     ),
-    5: tuple(
-        _at(
+    5: (
+        *_at(
             [
                 DENSE,
                 HALF,
@@ -112,7 +123,8 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
                 "forward 1/2, first 20% full",
                 *FREE_RATES,
             ]
-        )
+        ),
+        *_SCHEDULES,
     ),
     6: tuple(
         _at(
@@ -141,16 +153,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         )
         for kind in (DENSE, HALF)
     ),
-    9: tuple(
-        _at(
-            [
-                "forward 1/2, rotated every 50, last 50% full",
-                "forward 1/4, 1/2, full, a third each",
-                "forward 1/2, rotated every 50, last 20% full",
-                "forward 1/2, rotated every 1, last 50% full",
-            ]
-        )
-    ),
+    9: _SCHEDULES,
 }
 PROBED = frozenset(QUESTIONS[7])
 # What the defaults hang on: trained with every seed before anything else.
