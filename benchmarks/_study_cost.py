@@ -17,7 +17,7 @@ STAGES = (0, 2)
 
 @dataclass(frozen=True)
 class RunCost:
-    """Closed forms of a run on 8 ranks, fp32 and AdamW, one micro-batch a step.
+    """Closed forms of a run on 8 ranks, fp32 and AdamW, micro-batches of one sample.
 
     Attributes:
         parameters: of the whole model.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks._study_cases import DENSE, Case
-from benchmarks._study_plan import LONG, QUESTIONS, STEPS
+from benchmarks._study_plan import QUESTIONS, STEPS
 from benchmarks._study_results import Results
 from benchmarks._study_rows import Row, rows_of, table
 
@@ -36,11 +36,10 @@ def _tables() -> dict[str, Callable[[Results], str]]:
     flops = [c for c in first if c.is_equal_flops]
     steps = [c for c in first if not c.is_equal_flops or c.kind == DENSE]
     smaller = [c for c in QUESTIONS[2] if c.kind == DENSE and c.dense_steps == STEPS]
-    budgets = [c for c in QUESTIONS[2] if c.dense_steps in (STEPS, LONG)]
     return {
         "flops": lambda results: _by_loss([*flops, *smaller], results),
         "steps": lambda results: _by_loss(steps, results),
-        "budgets": lambda results: _by_budget(budgets, results),
+        "budgets": lambda results: _by_budget(QUESTIONS[2], results),
         "drops": lambda results: _by_loss(QUESTIONS[3], results),
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
         "schedules": lambda results: _by_loss(QUESTIONS[5], results),
