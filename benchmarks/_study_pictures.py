@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks._study_cases import DENSE, KINDS
+from benchmarks._study_cases import DENSE, HALF, KINDS
 from benchmarks._study_plan import BASE, STEPS
 
 if TYPE_CHECKING:
@@ -192,10 +192,10 @@ def alignments(rows: Sequence[Row], path: Path) -> None:
 
 
 def gaps(rows: Sequence[Row], path: Path) -> None:
-    """The gap to the dense model over the tokens per parameter, a line for each model."""
+    """The gap of forward masking to the dense model over tokens, a line for each model."""
     by_model: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.gap is not None:
+        if row.gap is not None and row.case.kind == HALF:
             batch = f", batch x {row.case.samples}" if row.case.samples > 1 else ""
             by_model[f"{row.case.model}{batch}"].append(row)
     figure = _figure(6.0, 4.0)

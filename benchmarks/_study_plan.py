@@ -28,14 +28,17 @@ Rates = Mapping[tuple[Model, str], float]
 
 
 def learning_rate(case: Case, rates: Rates) -> float | None:
-    """The best rate of the case's family on its own model, else on the base model.
+    """The best rate of the case's family on the model that was swept for it.
 
     :param rates: what the sweeps have found, by model and family.
     """
-    model = replace(case.model, dropout=0.0)
-    if model not in GRIDS:
-        model = BASE
-    return rates.get((model, case.family))
+    return rates.get((_swept(case), case.family))
+
+
+def _swept(case: Case) -> Model:
+    """The case's own model, else the one that gives its budget, else the base model."""
+    own = replace(case.model, dropout=0.0)
+    return own if own in GRIDS else case.reference or BASE
 
 
 def sweep(model: Model, family: str) -> list[Run]:
@@ -48,22 +51,23 @@ def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
     return [Case(BASE, kind, STEPS, **budget) for kind in kinds]
 
 
-def _smaller(blocks: int, steps: int = STEPS) -> Case:
-    """A dense model with fewer blocks, at as many operations as the base model's steps."""
-    return Case(replace(BASE, blocks=blocks), DENSE, steps, reference=BASE)
+def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
+    """A dense model with fewer blocks, at as many operations as the model's steps."""
+    return Case(replace(model, blocks=blocks), DENSE, steps, reference=model)
 
 
+_GROWING = "forward 1/4, 1/2, full, a third each"
 # What is compared at a longer budget, too.
-_BOTH = (
-    HALF,
-    "forward 1/4",
-    "forward 1/4, 1/2, full, a third each",
-    "forward 1/2, last 50% backward",
-)
+_BOTH = (HALF, "forward 1/4", _GROWING, "forward 1/2, last 50% backward")
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
     *(Case(BASE, kind, LONG) for kind in _BOTH),
+)
+# What is compared at the double width, too.
+_WIDE = (
+    *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, "forward 1/4", _GROWING)),
+    _smaller(5, STEPS, WIDE),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
@@ -73,7 +77,7 @@ _SCHEDULES = tuple(
     _at(
         [
             "forward 1/2, rotated every 50, last 50% full",
-            "forward 1/4, 1/2, full, a third each",
+            _GROWING,
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
         ]
@@ -139,47 +143,52 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         )
     ),
     7: tuple(_at([HALF, "backward 1/2", "forward 1/2, no pins"])),
-    8: tuple(
-        Case(model, kind, steps, samples=samples)
-        for model, steps, samples in (
-            (BASE, STEPS, 1),
-            (BASE, LONG, 1),
-            (NARROW, STEPS, 1),
-            (WIDE, STEPS, 1),
-            (SHALLOW, STEPS, 1),
-            (DEEP, STEPS, 1),
-            (WIDEST, STEPS // 2, 1),
-            (BASE, STEPS // 2, 2),
-        )
-        for kind in (DENSE, HALF)
+    8: (
+        *(
+            Case(model, kind, steps, samples=samples)
+            for model, steps, samples in (
+                (BASE, STEPS, 1),
+                (BASE, LONG, 1),
+                (NARROW, STEPS, 1),
+                (SHALLOW, STEPS, 1),
+                (DEEP, STEPS, 1),
+                (WIDEST, STEPS // 2, 1),
+                (BASE, STEPS // 2, 2),
+            )
+            for kind in (DENSE, HALF)
+        ),
+        *_WIDE,
     ),
     9: _SCHEDULES,
 }
 PROBED = frozenset(QUESTIONS[7])
-# What the defaults hang on: trained with every seed before anything else.
-FIRST = frozenset(
+# What the defaults hang on.
+_FIRST = frozenset(
     (
         *_at([DENSE, HALF, "forward 1/4", "backward 1/2", "forward 1/2, no pins"]),
         *_at([f"forward 1/2, last 50% {name}" for name in ("full", "backward")]),
         *_at(["forward 1/2, rotated every 1", "forward 1/2, rotated every 50, last 50% full"]),
-        *_at(["forward 1/4, 1/2, full, a third each"]),
+        *_at([_GROWING]),
         _smaller(5),
     )
 )
 # What answers a question where the first tier does not.
-SECOND = frozenset(
+_SECOND = frozenset(
     (
-        *_LONG,
+        *_WIDE,
         _smaller(4),
-        *_at(["forward 1/2, last 20% full", "forward 1/2, two halves"]),
+        *_at(["forward 1/2, last 20% full"]),
+        *_at(["forward 1/2, two halves", "backward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
         *_at(["forward 1/2, first pinned", "forward 1/2, last pinned"]),
         *_at(["forward 1/2, two of each pinned"]),
         *_at([HALF], is_equal_flops=False),
-        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, WIDE)),
+        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
         Case(replace(BASE, dropout=0.1), DENSE, STEPS),
     )
 )
+# What is trained with every seed before the next begins.
+TIERS = (_FIRST, _SECOND, frozenset(_LONG))
 
 
 @dataclass(frozen=True)
@@ -193,8 +202,8 @@ class Planned:
 
 
 def tier(case: Case) -> int:
-    """0 for what the defaults hang on, 2 for what can wait longest."""
-    return 0 if case in FIRST else 1 if case in SECOND else 2
+    """The first of ``TIERS`` that has the case; what is in none of them comes last."""
+    return next((at for at, cases in enumerate(TIERS) if case in cases), len(TIERS))
 
 
 def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Planned]:
@@ -203,7 +212,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
     A learning rate is chosen before the first run that needs it.
     """
     listed: set[Run | tuple[Case, int]] = set()
-    for at, seed in product(range(3), range(seeds)):
+    for at, seed in product(range(len(TIERS) + 1), range(seeds)):
         for question in questions:
             for case in QUESTIONS[question]:
                 if tier(case) == at:
@@ -213,8 +222,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
 def _of_case(
     case: Case, question: int, seed: int, rates: Rates, listed: set[Run | tuple[Case, int]]
 ) -> Iterator[Planned]:
-    model = replace(case.model, dropout=0.0)
-    for run in sweep(model if model in GRIDS else BASE, case.family):
+    for run in sweep(_swept(case), case.family):
         if run not in listed:
             listed.add(run)
             yield Planned(SWEEP, run.case, run.seed, run)
