@@ -33,6 +33,7 @@ _LOUD = {
     "bf16.": "weights are rounded anew from the fp32 masters",
     "gradient_clipping": "from here on",
     "sdp.schedule": "the run goes on in the phase of the new one",
+    "sdp.residual_scale": "the weights were trained with the one before",
     "communication_data_type": "from here on",
     "training.decay_all": "the optimizer keeps the checkpoint's groups",
 }

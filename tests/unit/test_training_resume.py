@@ -18,9 +18,11 @@ from sdp_llm.training.session import _start_lines
 PHASES: list[dict[str, Any]] = [{"until": 0.5}, {"until": 0.8, "coverage": 1}, {"until": 1}]
 
 
-def prepared(steps: int, phases: list[dict[str, Any]] | None = PHASES) -> tuple[RunConfig, Inputs]:
+def prepared(
+    steps: int, phases: list[dict[str, Any]] | None = PHASES, **sdp: Any
+) -> tuple[RunConfig, Inputs]:
     run = parse_config(
-        {"train_batch_size": 8, "sdp": {"schedule": phases}, "training": {"steps": steps}}
+        {"train_batch_size": 8, "sdp": {"schedule": phases, **sdp}, "training": {"steps": steps}}
     )
     model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
     return run, Inputs(model, run_schedule(run, model, batch, 4), batch, None, None)  # type: ignore[arg-type]
@@ -69,6 +71,13 @@ def test_other_phases_are_shown() -> None:
     # And where there were none before, or there are none now.
     assert len(said(prepared(100, None), prepared(100), 60)) == 2
     assert len(said(prepared(100), prepared(100, None), 60)) == 1
+
+
+def test_another_residual_scale_is_a_warning() -> None:
+    assert said(prepared(100), prepared(100, residual_scale="eval"), 60) == [
+        "warning: sdp.residual_scale = none before, eval now: the weights were trained with the "
+        "one before"
+    ]
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(100, False), (81, False), (80, True)])
