@@ -69,9 +69,9 @@ def explicit(*free: str) -> dict[str, Any]:
     return {"owner_sets": [world, *([int(rank) for rank in owners] for owners in free), world]}
 
 
-def phases(*given: tuple[float, Mapping[str, Any]]) -> dict[str, Any]:
-    """Forward masking at 1/2, with phases that end at these shares of the run."""
-    return {"coverage": "1/2", "schedule": [{"until": until, **own} for until, own in given]}
+def phases(*given: tuple[float, Mapping[str, Any]], coverage: str = "1/2") -> dict[str, Any]:
+    """Forward masking at this coverage, with phases that end at these shares of the run."""
+    return {"coverage": coverage, "schedule": [{"until": until, **own} for until, own in given]}
 
 
 _NO_PINS = {"pinned_first": 0, "pinned_last": 0}
@@ -113,11 +113,16 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         for share in FINISHES
         for name, phase in (("full", _FULL), ("backward", _BACKWARD))
     },
+    **{
+        f"forward 1/4, last 20% {name}": phases((0.8, {}), (1.0, phase), coverage="1/4")
+        for name, phase in (("full", _FULL), ("backward", _BACKWARD))
+    },
     "forward 1/2, scale inverse_coverage": {
         "coverage": "1/2",
         "residual_scale": "inverse_coverage",
     },
     "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
+    "forward 1/4, scale eval": {"coverage": "1/4", "residual_scale": "eval"},
     **{
         f"forward 1/2, rotated every {steps}, last {share:.0%} full": phases(
             (1 - share, {"rotate_every": steps}), (1.0, _FULL)

@@ -73,6 +73,10 @@ _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backwa
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
+# From the lowest coverage, which is the best at the short budget.
+_QUARTER = _at(
+    [f"forward 1/4, {end}" for end in ("last 20% full", "last 20% backward", "scale eval")]
+)
 _SCHEDULES = tuple(
     _at(
         [
@@ -82,6 +86,7 @@ _SCHEDULES = tuple(
             "forward 1/2, rotated every 1, last 50% full",
         ]
     )
+    + _QUARTER
 )
 
 # By question and in order of what they tell; a case may serve several questions.
@@ -177,6 +182,7 @@ _SECOND = frozenset(
     (
         *_WIDE,
         _smaller(4),
+        *_QUARTER,
         *_at(["forward 1/2, last 20% full"]),
         *_at(["forward 1/2, two halves", "backward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
