@@ -42,19 +42,14 @@ class Subnetworks:
         Too few is when there is not a free block for each rank.
         """
         size = ranks_per_node if self.by_node else 1
-        members, rest = divmod(world_size, size)
         owners = Fraction(self.owners or 0)
         if self.coverage is not None:
             owners = self.coverage * world_size
-        owners /= size
-        is_whole = rest == 0 and owners.denominator == 1 and 1 <= owners <= members
-        if not is_whole or owners * (num_blocks - 2) < members:
+        is_whole = world_size % size == 0 and (owners / size).denominator == 1
+        is_possible = is_whole and 1 <= owners <= world_size
+        if not is_possible or owners * (num_blocks - 2) < world_size:
             return None
-        plan = make_plan(members, num_blocks, owners_per_block=int(owners))
-        if size == 1:
-            return plan
-        sets = [[size * node + k for node in s for k in range(size)] for s in plan.owner_sets]
-        return make_plan(world_size, num_blocks, owner_sets=sets)
+        return make_plan(world_size, num_blocks, owners_per_block=int(owners), ranks_per_node=size)
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""Does Subnetwork Data Parallelism train as well as plain data parallelism? Small models, one CPU.
+r"""Does Subnetwork Data Parallelism train as well as plain data parallelism? Small models, one CPU.
 
 python data_prep/train_tokenizer.py --input FINEWEB.parquet --vocab_size 2048 --output TOKENIZER
 python data_prep/tokenize_fineweb.py --source FINEWEB.parquet --tokenizer TOKENIZER \
@@ -111,7 +111,8 @@ def _check_data(data: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="study", description=__doc__.split("\n\n")[0])
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("study", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, action in (("run", run), ("list", show), ("one", one), ("report", report)):
         command = commands.add_parser(name, help=(action.__doc__ or "").split("\n")[0])

@@ -69,5 +69,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = config_parser(__doc__ or "")
     parser.add_argument("--model", required=True, metavar="DIR", help="an exported model")
-    parser.add_argument("--micro_batch_size", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--micro_batch_size", type=int, default=8, metavar="N", help="samples at once (default 8)"
+    )
     sys.exit(run_command("evaluate", evaluate, parser.parse_args()))

@@ -50,8 +50,8 @@ def generate(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="an exported model")
-    parser.add_argument("--prompt", nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=48, help="tokens to add to each prompt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", nargs="+", required=True, help="texts to continue")
+    parser.add_argument("--tokens", type=int, default=48, help="to add to each prompt (default 48)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sys.exit(run_command("generate", generate, parser.parse_args()))

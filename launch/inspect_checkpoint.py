@@ -1,6 +1,8 @@
-"""Say what a checkpoint holds, and whether it is what was saved: status 0 if so, 1 if not.
+"""Say what a checkpoint holds, and whether it is what was saved.
 
 python launch/inspect_checkpoint.py runs/demo
+
+The status is 0 when it is, 1 when it is not, 2 when there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -9,17 +11,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdp_llm.cli import Parser
+from sdp_llm.cli import Parser, fail
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Parse, read, print."""
     from sdp_llm.checkpoint.find import find_checkpoint
     from sdp_llm.checkpoint.inspection import inspect_checkpoint
+    from sdp_llm.checkpoint.save import MANIFEST, STATE
     from sdp_llm.training.status import describe_status, read_status
 
     folder = Path(arguments.checkpoint)
-    found = inspect_checkpoint(find_checkpoint(folder))
+    path = find_checkpoint(folder)
+    if not any((path / name).exists() for name in (MANIFEST, STATE)):
+        reason = f"{path}: no checkpoint there; name a run that has saved one, or a step's folder"
+        return fail("inspect_checkpoint", reason, 2)
+    found = inspect_checkpoint(path)
     run = describe_status(read_status(folder))
     if run:
         print(f"{'run':<12}  {run}")

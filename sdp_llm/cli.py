@@ -28,11 +28,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all others, and end with status 2.
 
     An abbreviation is no argument: it could be a slip.
+
+    :param text: the command's docstring: what stands above the arguments, and below them.
     """
 
-    def __init__(self, description: str | None) -> None:
-        summary = (description or "").split("\n\n")[0]
-        super().__init__(description=summary, allow_abbrev=False)
+    def __init__(self, text: str | None) -> None:
+        summary, _, rest = (text or "").partition("\n\n")
+        super().__init__(
+            description=summary,
+            epilog=rest,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         name = Path(self.prog).stem
@@ -78,7 +85,8 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="override values of the config, such as --set training.steps=100 sdp.coverage=1",
+        help="override values of the config, such as --set sdp.coverage=1 steps_per_print=1; null "
+        "removes a key",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Launchers add these by themselves.

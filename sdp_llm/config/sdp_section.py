@@ -83,6 +83,12 @@ class SDPConfig:
         "phases of the run, each with `until`, the share of the budget at which it ends, and "
         "keys from `masking` to `rotate_every` above where it differs",
     )
+    ranks_per_node: int = key(
+        POSITIVE,
+        "ranks in a row that own the same free blocks, so that those of a node send the "
+        "gradients of a block to the other nodes that own it only; 1: no regard to nodes",
+        1,
+    )
     residual_scale: str = key(
         choice(*RESIDUAL_SCALES),
         "what a block of owner share s = p/n adds is multiplied by 1/s in subnetworks "

@@ -94,6 +94,7 @@ def make_plan(
     seed: int = 0,
     pinned_first: int = 1,
     pinned_last: int = 1,
+    ranks_per_node: int = 1,
     owner_sets: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
     """Assign blocks to ranks; the same arguments give the same plan on every rank.
@@ -106,8 +107,10 @@ def make_plan(
     :param seed: of "random", and of the candidates of "balanced".
     :param pinned_first: how many of the first blocks every rank owns.
     :param pinned_last: how many of the last blocks every rank owns.
+    :param ranks_per_node: so many ranks in a row own the same blocks: the strategy deals blocks to
+        nodes, and their gradients travel between the owning nodes only.
     :param owner_sets: one list of ranks for each of the `L` blocks. What all ranks own is then
-        pinned; strategy and pinned counts are ignored.
+        pinned; strategy, pinned counts and nodes are ignored.
     :raises ConfigError: not exactly one of coverage, owners_per_block and owner_sets is given, a
         value breaks its rule, or a rank is left without a block.
     """
@@ -137,10 +140,17 @@ def make_plan(
     pinned = _pinned(num_blocks, pinned_first, pinned_last)
     num_free = num_blocks - len(pinned)
     _check_free_blocks(given, owners, world_size, num_free, num_blocks)
-    free_sets = iter(_free_sets(strategy, world_size, num_free, owners, seed))
+    _check_nodes(given, owners, world_size, ranks_per_node)
+    nodes, owning = world_size // ranks_per_node, owners // ranks_per_node
+    by_node = _free_sets(strategy, nodes, num_free, owning, seed)
+    free_sets = (_ranks_of(nodes_of_block, ranks_per_node) for nodes_of_block in by_node)
     everyone = tuple(range(world_size))
     sets = tuple(everyone if block in pinned else next(free_sets) for block in range(num_blocks))
     return Plan(world_size, sets, pinned, strategy, seed)
+
+
+def _ranks_of(nodes: Sequence[int], ranks_per_node: int) -> tuple[int, ...]:
+    return tuple(node * ranks_per_node + k for node in nodes for k in range(ranks_per_node))
 
 
 def _free_sets(
@@ -178,6 +188,24 @@ def _check_owners(owners: int, world_size: int) -> None:
         raise ConfigError(
             f"sdp.owners_per_block = {owners}: must be in 1..{world_size} (the world size); "
             f"use {nearest}" + (", or start more ranks" if owners > world_size else "")
+        )
+
+
+def _check_nodes(given: str, owners: int, world_size: int, ranks_per_node: int) -> None:
+    """Blocks must be able to go to whole nodes."""
+    if ranks_per_node < 1 or world_size % ranks_per_node:
+        raise ConfigError(
+            f"sdp.ranks_per_node = {ranks_per_node}: must divide the world size {world_size}; use "
+            "the ranks of a node, or 1 for plans without regard to nodes"
+        )
+    if owners % ranks_per_node:
+        below = owners // ranks_per_node * ranks_per_node
+        possible = [p for p in (below, below + ranks_per_node) if p]
+        choices = " or ".join(f"{p} (coverage {Fraction(p, world_size)})" for p in possible)
+        raise ConfigError(
+            f"{given}: with sdp.ranks_per_node = {ranks_per_node} whole nodes own a block, so that "
+            f"the number of its owners must be a multiple of that, not {owners}; use {choices}, "
+            "or sdp.ranks_per_node = 1"
         )
 
 
@@ -253,5 +281,6 @@ def plan_from_config(sdp: SDPConfig, world_size: int, num_blocks: int) -> Plan:
         seed=sdp.seed,
         pinned_first=sdp.pinned_first,
         pinned_last=sdp.pinned_last,
+        ranks_per_node=sdp.ranks_per_node,
         owner_sets=sdp.owner_sets,
     )

@@ -150,6 +150,20 @@ def test_coverage_and_owners_per_block_mean_the_same() -> None:
     assert make_plan(4, 8, coverage=Fraction(1, 2)) == make_plan(4, 8, owners_per_block=2)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_ranks_of_a_node_own_what_the_node_owns(strategy: str) -> None:
+    shape: dict[str, Any] = {"strategy": strategy, "seed": 3, "pinned_first": 2}
+    nodes = make_plan(6, 12, owners_per_block=4, **shape)
+    plan = make_plan(24, 12, owners_per_block=16, ranks_per_node=4, **shape)
+    assert plan.pinned == nodes.pinned
+    assert plan.coverage == nodes.coverage
+    for rank in range(24):
+        assert plan.owned_blocks(rank) == nodes.owned_blocks(rank // 4)
+    assert all(list(owners) == sorted(owners) for owners in plan.owner_sets)
+    assert plan.fingerprint() != make_plan(24, 12, owners_per_block=16, **shape).fingerprint()
+    assert make_plan(24, 12, coverage=Fraction(2, 3), ranks_per_node=4, **shape) == plan
+
+
 def test_fingerprint_sees_world_size_and_owner_sets_only() -> None:
     plan = make_plan(4, 8, owners_per_block=2)
     explicit = make_plan(4, 8, owner_sets=plan.owner_sets, seed=3)
@@ -194,6 +208,26 @@ def test_owners_per_block_outside_the_world(owners: int, fix: str) -> None:
     message = _error(4, 8, owners_per_block=owners)
     assert message.startswith(f"sdp.owners_per_block = {owners}: ")
     assert message.endswith(fix)
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, -1, 3, 16])
+def test_nodes_that_do_not_divide_the_world(ranks_per_node: int) -> None:
+    message = _error(8, 8, owners_per_block=4, ranks_per_node=ranks_per_node)
+    assert message.startswith(f"sdp.ranks_per_node = {ranks_per_node}: ")
+    assert "must divide the world size 8" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ({"coverage": Fraction(1, 4)}, "not 2; use 4 (coverage 1/2), or sdp.ranks_per_node = 1"),
+        ({"owners_per_block": 6}, "use 4 (coverage 1/2) or 8 (coverage 1), or sdp.ranks_per_node"),
+    ],
+)
+def test_owners_that_are_no_whole_nodes(given: dict[str, Any], fix: str) -> None:
+    message = _error(8, 8, ranks_per_node=4, **given)
+    assert message.startswith(f"sdp.{next(iter(given))} = ")
+    assert fix in message
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_the_example_of_phases_is_a_config() -> None:
     sdp = parse_config(json.loads(f"{{{example}}}")).sdp
     schedule = schedule_from_config(sdp, 4, 8, 1000)
     assert [(str(phase), phase.stop) for phase in schedule.phases] == [
-        ("coverage 1, forward masking", 100),
+        ("coverage 1/4, forward masking", 300),
         ("coverage 1/2, forward masking, rotating every 500 steps", 800),
         ("coverage 1/2, backward masking", 1000),
     ]

@@ -9,7 +9,7 @@ from math import inf
 
 import pytest
 
-from sdp_llm.plan import Plan, make_plan
+from sdp_llm.plan import make_plan
 from sdp_llm.plan.cost import rank_flops_per_token, rank_traffic
 from sdp_llm.plan.peers import PEERS, UNSHARDED, peer_cost
 from sdp_llm.plan.size import BlockSize, CostSetup, ModelSize, UnitSize
@@ -132,15 +132,6 @@ def test_the_rate_of_an_owner_set() -> None:
     assert replace(cluster, inner_bandwidth=15.0).rate(range(8)) == 15
 
 
-def _by_node(num_nodes: int, ranks_per_node: int, coverage: Fraction) -> Plan:
-    nodes = make_plan(num_nodes, 8, coverage=coverage)
-    sets = [
-        [node * ranks_per_node + k for node in owners for k in range(ranks_per_node)]
-        for owners in nodes.owner_sets
-    ]
-    return make_plan(num_nodes * ranks_per_node, 8, owner_sets=sets)
-
-
 def test_where_nodes_share_links_owner_sets_of_whole_nodes_are_faster() -> None:
     """Half of each node's ranks drive half of its links: nothing is won. Half of the nodes do."""
     setup = CostSetup(weight_bytes=2, reduction_bytes=2)
@@ -148,9 +139,10 @@ def test_where_nodes_share_links_owner_sets_of_whole_nodes_are_faster() -> None:
     # Blocks 0 and 1 of ranks {0, 2}, 2 and 3 of {1, 3}: one member on each of the two nodes.
     everyone = range(4)
     spread = make_plan(4, 8, owner_sets=[everyone, *[[0, 2], [1, 3]] * 3, everyone])
+    by_node = make_plan(4, 8, coverage=Fraction(1, 2), ranks_per_node=2)
     dense = peer_step_time(SIZE, 4, setup, cluster, "DDP").total
     across = sdp_step_time(SIZE, spread, setup, cluster).total
-    within = sdp_step_time(SIZE, _by_node(2, 2, Fraction(1, 2)), setup, cluster).total
+    within = sdp_step_time(SIZE, by_node, setup, cluster).total
     shared, block = 3 / 4 * (480 + 2 * 240), 240
     assert dense == pytest.approx(4 * (shared + 3 / 4 * 6 * block) / 200)
     assert across == pytest.approx(4 * (shared / 200 + 1 / 2 * 3 * block / 100))

@@ -194,6 +194,13 @@ CASES = [
         "unrecognized arguments: b",
     ),
     command(
+        "no checkpoint to inspect",
+        ("launch/inspect_checkpoint.py", "{folder}/empty"),
+        (),
+        "{folder}/empty: no checkpoint there",
+        "name a run that has saved one",
+    ),
+    command(
         "no source",
         TOKENIZE[:1],
         ("--tokenizer", "{tiny}/tokenizer", "--output", "{folder}/never"),
