@@ -21,7 +21,7 @@ def generate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value}: must be at least {least}, and less than 2**63")
     check_versions(versions())
 
-    from sdp_llm.training.environment import prepare
+    from sdp_llm.training.environment import device_type, prepare
 
     prepare()
     import torch
@@ -31,10 +31,10 @@ def generate(arguments: argparse.Namespace) -> None:
 
     fix = "copy one there, or export with data.tokenizer"
     tokenizer = read_tokenizer(folder, f"--model {folder}", fix)
-    model = load_exported(folder).eval()
+    model = load_exported(folder).eval().to(device_type())
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

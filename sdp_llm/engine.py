@@ -21,10 +21,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from sdp_llm.agree import agree
 from sdp_llm.answers import ConfigAnswers
 from sdp_llm.checkpoint.background import BackgroundSave, Snapshot
 from sdp_llm.checkpoint.export import export_pretrained
-from sdp_llm.checkpoint.load import latest_tag, load_tensors, open_checkpoint
+from sdp_llm.checkpoint.load import (
+    latest_tag,
+    load_tensors,
+    open_checkpoint,
+    restore_random,
+)
 from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
 from sdp_llm.checkpoint.training_state import COUNTERS, adopt_scheduler, training_state
 from sdp_llm.config import RunConfig, deepspeed_dict
@@ -71,9 +77,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
                 'optimizer: missing; add {"type": "AdamW", "params": {"lr": …}} to the config'
             )
         accelerator = get_accelerator()
-        local_rank = int(os.environ["LOCAL_RANK"])
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
+        device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
         self.schedule = agreed_schedule(source, run, total_num_steps)
         self.sharded = shard(source, run, self.schedule, device, self._timeout)
         self._reducer = self._new_reducer()
@@ -105,6 +109,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         :raises ConfigError: on every rank, and nothing has changed, when the plan does not fit the
             run or differs between ranks, or when gradients are accumulated.
         """
+        self.wait_for_weights()
         self.sharded, changed = rebuild(
             self.sharded,
             self.basic_optimizer,
@@ -188,8 +193,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     def wait_for_weights(self) -> None:
         """Return when the weights of the last step are there.
 
-        The forward pass and this engine's methods wait by themselves; only code that reads
-        parameters of the model between steps needs this. Not collective.
+        The forward pass and this engine's methods wait by themselves. Code that reads parameters of
+        the model between steps needs this, and code that does so with collectives of its own: on
+        NCCL those must not run beside the gathers of weights. Not collective.
         """
         self.sharded.wait()
 
@@ -220,10 +226,12 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         must_stop: Callable[[], bool] | None = None,
     ) -> Evaluation:
         """The whole model's loss; see :func:`sdp_llm.evaluation.evaluate`. Collective."""
+        self.wait_for_weights()
         return evaluate(self.sharded, samples, micro_batch, eos_id, must_stop)
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
         """Write the whole model as a HuggingFace checkpoint. Collective over the world."""
+        self.wait_for_weights()
         export_pretrained(self.sharded, save_directory, tokenizer=tokenizer)
 
     # -- checkpoints --------------------------------------------------------------------------
@@ -270,6 +278,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         client_state: Mapping[str, Any] | None,
         save_latest: bool,
     ) -> CheckpointWriting:
+        self.wait_for_weights()
         state = training_state(self, self.run, self.sharded.subnetwork, client_state)
         name = tag or f"global_step{self.global_steps}"
         return CheckpointWriting(self.sharded, folder, name, state, save_latest=save_latest)
@@ -293,7 +302,10 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         """
         if custom_load_fn is not None or not load_module_strict:
             unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
-        folder = Path(load_dir) / (tag or latest_tag(Path(load_dir)))
+        self.wait_for_weights()
+        if tag is None:  # one rank looks: on a shared disk another may see an older one
+            tag = agree(lambda: latest_tag(Path(load_dir)) if dist.get_rank() == 0 else None)[0]
+        folder = Path(load_dir) / tag
         with_optimizer = load_optimizer_states and not load_module_only
         with open_checkpoint(self.sharded.subnetwork, folder) as reader:
             state = reader.state
@@ -301,9 +313,10 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
             due = self.schedule.at(state["counters"]["global_steps"])
             if not load_module_only and due != (self.plan, self.sharded.subnetwork.masking):
                 self.change_plan(*due)
-            load_tensors(
-                self.sharded, self.basic_optimizer, reader, load_optimizer_state=with_optimizer
-            )
+            optimizer = self.basic_optimizer if with_optimizer else None
+            agree(lambda: load_tensors(self.sharded, optimizer, reader))
+            if not load_module_only:
+                agree(lambda: restore_random(self.sharded, reader))
         self.optimizer.distribute_weights()
         if load_module_only:
             return str(folder), state["client_state"]

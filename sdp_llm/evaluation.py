@@ -156,7 +156,7 @@ def evaluate(
     :param must_stop: asked before each forward, and collective like it.
     :raises Interrupted: on every rank, when ``must_stop`` says so.
     """
-    device = sharded.units[0].flat.device
+    device = sharded.device
     rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     if dist.get_world_size() > 1:

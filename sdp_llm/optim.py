@@ -40,6 +40,10 @@ def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_step
     return getattr(classes, section["type"])(optimizer, **section["params"])
 
 
+# What an optimizer or a scheduler adds to a group only when it begins, and the parameters.
+_LATER = {"params", "step", "initial_lr"}
+
+
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What each parameter group is optimised with: all of it but the parameters."""
     return [
@@ -57,7 +61,7 @@ def adopt_options(
     :raises ConfigError: they are another optimizer's.
     """
     groups = optimizer.param_groups
-    if [{*options, "params"} for options in saved] != [set(group) for group in groups]:
+    if [set(o) - _LATER for o in saved] != [set(group) - _LATER for group in groups]:
         raise ConfigError(
             f"{folder}: saved with another optimizer than {type(optimizer).__name__}; use that "
             "one, or pass load_optimizer_states=False"

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -131,11 +132,20 @@ def _tell_port(launcher: ProcessId, port: int, count: int) -> None:
 
     def answer() -> None:
         with listening:
-            for _ in range(count):
+            told = 0
+            while told < count:
                 with listening.accept()[0] as asking:
-                    asking.sendall(str(port).encode())
+                    if _is_own(asking):
+                        asking.sendall(str(port).encode())
+                        told += 1
 
     threading.Thread(target=answer, name="port", daemon=True).start()
+
+
+def _is_own(peer: socket.socket) -> bool:
+    """Whether the same user is at the other end: any may guess the socket's name."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] == os.getuid()
 
 
 def _ask_port(launcher: ProcessId, timeout: timedelta) -> int:
@@ -143,7 +153,8 @@ def _ask_port(launcher: ProcessId, timeout: timedelta) -> int:
     while time.monotonic() < end:
         with socket.socket(socket.AF_UNIX) as asking, contextlib.suppress(OSError):
             asking.connect(_socket_name(launcher))
-            return int(asking.recv(16))
+            if _is_own(asking):
+                return int(asking.recv(16))
         time.sleep(0.1)
     raise ConfigError(
         f"rank 0 did not come within {timeout.total_seconds():.0f} s; look what became of it"

@@ -30,11 +30,18 @@ class Snapshot:
         for key, tensor in taken.items():
             buffer = self._buffers.get(key)
             if buffer is None:
-                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                buffer = _in_host_memory(tensor)
             self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return [(key, self._buffers[key]) for key in taken]
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:  # of what may be pinned, nothing is left
+        return torch.empty_like(tensor, device="cpu")
 
 
 class BackgroundSave:

@@ -77,7 +77,7 @@ def export_pretrained(
         return files
 
     def finish(partial: Path, files: list[WrittenFile]) -> None:
-        describe_model(partial, subnetwork.config, subnetwork.model, sharded.units[0].flat.dtype)
+        describe_model(partial, subnetwork.config, subnetwork.model, sharded.dtype)
         write_index(partial, files)
         copy_tokenizer(tokenizer, partial)
 

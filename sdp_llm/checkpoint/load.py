@@ -139,10 +139,13 @@ class CheckpointReader:
             low, high = max(start, part.start), min(stop, part.stop)
             if low >= high:
                 continue
-            stored = self._files[part.file].get_slice(part.key)
-            if not stored.get_shape():
-                return self._files[part.file].get_tensor(part.key)
-            parts.append(stored[low - part.start : high - part.start])
+            try:
+                stored = self._files[part.file].get_slice(part.key)
+                if not stored.get_shape():
+                    return self._files[part.file].get_tensor(part.key)
+                parts.append(stored[low - part.start : high - part.start])
+            except (OSError, SafetensorError) as error:
+                raise _damaged(self.folder / part.file, error) from error
         return torch.cat(parts)
 
 
@@ -219,26 +222,24 @@ def open_checkpoint(subnetwork: Subnetwork, folder: Path) -> Iterator[Checkpoint
 
 @torch.no_grad()
 def load_tensors(
-    sharded: ShardedModel,
-    optimizer: torch.optim.Optimizer,
-    reader: CheckpointReader,
-    *,
-    load_optimizer_state: bool = True,
+    sharded: ShardedModel, optimizer: torch.optim.Optimizer | None, reader: CheckpointReader
 ) -> None:
-    """Read the masters, and the optimizer state, of this rank's shards from any plan's files.
+    """Read the masters, and the optimizer's state, of this rank's shards from any plan's files.
 
     The caller distributes the weights afterwards.
+
+    :raises DamagedCheckpoint: on this rank, when a file cannot be read.
     """
     slices = [piece for unit in sharded.owned for piece in unit.slices]
     for piece in slices:
         piece.tensor.copy_(reader.read(MASTER, piece.name, piece.start, piece.stop))
-    if load_optimizer_state:
+    if optimizer is not None:
         _load_optimizer(optimizer, slices, reader)
-    _restore_random(reader, dist.get_rank(), sharded.device)
 
 
-def _restore_random(reader: CheckpointReader, rank: int, device: torch.device) -> None:
+def restore_random(sharded: ShardedModel, reader: CheckpointReader) -> None:
     """Go on with this rank's random numbers, where there was such a rank, on such a device."""
+    rank, device = dist.get_rank(), sharded.device
 
     def saved(kind: str) -> Tensor | None:
         parts = reader.ranges.get((kind, str(rank)))

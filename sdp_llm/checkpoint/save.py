@@ -143,7 +143,7 @@ def own_ranges(
                 part = value[own] if value.dim() else value
                 yield tensor_key(kind, piece.name, start, stop), part
     # Last, because their sizes need not be a multiple of what the others are aligned to.
-    for kind, states in random_states(sharded.units[0].flat.device).items():
+    for kind, states in random_states(sharded.device).items():
         yield tensor_key(kind, str(sharded.subnetwork.rank), 0, states.numel()), states
 
 

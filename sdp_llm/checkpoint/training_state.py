@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,23 @@ def adopt_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> N
     """Go on with the saved learning-rate scheduler.
 
     :param folder: of the checkpoint, for the message.
-    :raises ConfigError: it has none.
+    :raises ConfigError: it has none, or one of another kind.
     """
-    if state["scheduler"] is None:
+    saved, here = state["scheduler"], scheduler.state_dict()
+    if saved is None:
         raise ConfigError(
             f"{folder}: saved without a learning-rate scheduler; pass "
             "load_lr_scheduler_states=False, or remove scheduler from the config"
         )
-    scheduler.load_state_dict(state["scheduler"])
+    if saved.keys() - here.keys() and here.keys() - saved.keys():
+        raise ConfigError(
+            f"{folder}: saved with another learning-rate scheduler than "
+            f"{type(scheduler).__name__}; keep scheduler.type, or pass "
+            "load_lr_scheduler_states=False"
+        )
+    scheduler.load_state_dict({name: _as_in(here[name], value) for name, value in saved.items()})
+
+
+def _as_in(here: Any, saved: Any) -> Any:
+    """A value that JSON has kept: its objects have no numbers as keys, as milestones do."""
+    return Counter({int(key): n for key, n in saved.items()}) if type(here) is Counter else saved

@@ -23,7 +23,8 @@ def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) 
     """The config that DeepSpeed's engine gets.
 
     ZeRO and clipping are off in it, because `sharding/` does both; `steps_per_print` is left out,
-    which silences DeepSpeed's own log lines.
+    which silences DeepSpeed's own log lines. Its throughput timer would synchronise the device in
+    every step, so that no weights could travel during the next forward pass.
 
     :param config: the run config.
     :param world_size: number of ranks.
@@ -40,6 +41,7 @@ def deepspeed_dict(config: RunConfig, world_size: int, total_steps: int | None) 
         "gradient_clipping": 0.0,
         "bf16": {"enabled": config.bf16.enabled},
         "wall_clock_breakdown": config.wall_clock_breakdown,
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.communication_data_type is not None:
         result["communication_data_type"] = dump_communication_dtype(config.communication_data_type)

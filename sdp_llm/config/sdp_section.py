@@ -97,8 +97,8 @@ class SDPConfig:
     )
     reductions_under_way: int = key(
         POSITIVE,
-        "units whose gradients may be under way at a time; more of them keep slow links busy and "
-        "take memory",
+        "units whose gradients may be under way at a time, at stages 1 and 2; more of them keep "
+        "slow links busy and take memory",
         1,
     )
     memory_limit_gib: float | None = key(

@@ -29,7 +29,8 @@ def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: Cos
     - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
       unit are collected together, since the first parameter of a block completes last.
 
-    With overlap a unit under way keeps its buffers until one too many would be under way. An upper
+    With overlap a unit under way keeps its buffers until one too many would be under way, at stage
+    0 until the next is. An upper
     bound, reached but for the order in which a unit's parameters complete (a few percent at
     stage 2).
 
@@ -37,7 +38,7 @@ def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: Cos
         pieces of the unit (one, unless it was split).
     """
     collected = setup.reduction_bytes if setup.stage == 2 else 0
-    most = setup.under_way if setup.overlap else 1
+    most = setup.under_way if setup.overlap and setup.stage else 1
     under_way: deque[_Reduction] = deque()
     peak = 0.0
 

@@ -43,11 +43,11 @@ class ShardedModel:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.units[0].flat.dtype
+        return self.units[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self.units[0].flat.device
+        return self.units[0].device
 
     def wait(self) -> None:
         """Return when the weights of all units may be used."""

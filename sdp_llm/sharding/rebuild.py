@@ -60,7 +60,6 @@ def rebuild(
     known = _agree(sharded, inner, after)
     changed = _changed(before, after)
     create_owner_groups(sharded.groups, plan.distinct_owner_sets, timeout)
-    sharded.wait()
     for hook in sharded.hooks:
         hook.remove()
     for group in inner.param_groups:

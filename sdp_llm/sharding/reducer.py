@@ -33,7 +33,9 @@ class GradientReducer:
     :param overlap: False waits for each reduction at once (``overlap_comm``).
     :param under_way: how many reductions may be under way, each with its send and receive buffers,
         beside the unit being collected. With one, a link stands idle while an owner waits for
-        another that is busy with a third; with more there is something to send meanwhile.
+        another that is busy with a third; with more there is something to send meanwhile. At stage
+        0 always one: each is followed by a gather, and with several under way ranks that own
+        different units would issue these in different orders, which deadlocks on NCCL.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class GradientReducer:
         self._buffers = Buffers()
         self._collected: dict[int, Tensor] = {}
         self._under_way: deque[Callable[[], None]] = deque()
-        self._most_under_way = under_way
+        self._most_under_way = under_way if stage else 1
         self._is_active = self._is_reducing = False
         self._hooks: list[RemovableHandle] = []
         for u, unit in enumerate(units):

@@ -44,6 +44,8 @@ class Unit:
       shard of it otherwise. Where the weights are fp32 it is a view of ``flat``.
     - ``grad`` (1-D, fp32): the accumulated gradient, of all of ``flat`` at stages 0 and 1, of
       the shard at stage 2.
+    - ``shard_grad``: the part of ``grad`` that only this owner counts: the owners' are disjoint.
+    - ``optimised_grad``: the part of ``grad`` that belongs to ``master``.
     - ``is_averaged``: whether at stages 0 and 1 ``shard_grad`` is the owners' average already.
 
     :param values: the fp32 initial value of every parameter, by global name. The masters are
@@ -82,11 +84,13 @@ class Unit:
         first = self.owners.index(rank) * shard_numel
         self.shard = slice(first, first + shard_numel)
         self._optimised = whole if stage == 0 else self.shard
-        self.master = self.flat[self._optimised]
+        self.master = self._flat[self._optimised]
         if dtype != torch.float32:
             self.master = self._filled(values, self._optimised, torch.float32, device)
-        kept = self.master if stage == 2 else self.flat
+        kept = self.master if stage == 2 else self._flat
         self.grad = torch.zeros_like(kept, dtype=torch.float32)
+        self.shard_grad = self.grad if stage == 2 else self.grad[self.shard]
+        self.optimised_grad = self.grad if stage == 0 else self.shard_grad
         self.is_averaged = False
         self.slices = tuple(self._parameter_slices())
 
@@ -108,7 +112,7 @@ class Unit:
     def release(self) -> None:
         """Give up the storage, whoever still knows this unit; it is of no use any more."""
         self.wait()
-        for name in ("_flat", "master", "grad", "slices"):
+        for name in ("_flat", "master", "grad", "shard_grad", "optimised_grad", "slices"):
             self.__dict__.pop(name, None)
 
     def views(self) -> dict[str, Tensor]:
@@ -121,18 +125,17 @@ class Unit:
     @property
     def is_master_part_of_weights(self) -> bool:
         """Whether ``master`` is a view of a part of ``flat``, and keeps all of it alive."""
-        return self.flat.dtype == torch.float32 and self.master.numel() < self.flat.numel()
+        return self.dtype == torch.float32 and self.master.numel() < self._flat.numel()
 
     @property
-    def shard_grad(self) -> Tensor:
-        """The part of ``grad`` that only this owner counts: the owners' shards are disjoint."""
-        return self.grad if self.grad.numel() < self.flat.numel() else self.grad[self.shard]
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._flat.dtype
 
     @property
-    def optimised_grad(self) -> Tensor:
-        """The part of ``grad`` that belongs to ``master``."""
-        is_partitioned = self.grad.numel() == self.master.numel()
-        return self.grad if is_partitioned else self.grad[self._optimised]
+    def device(self) -> torch.device:
+        """Of everything."""
+        return self._flat.device
 
     def reopen(self) -> None:
         """Let ``grad`` take more at stage 1 after it was averaged.
@@ -147,7 +150,7 @@ class Unit:
 
     def cast_masters(self) -> None:
         """Write the updated masters into the weights; nothing to do where they are a view."""
-        if self.flat.dtype != torch.float32:
+        if self.dtype != torch.float32:
             self.flat[self._optimised] = self.master
 
     def _filled(

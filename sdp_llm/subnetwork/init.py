@@ -70,6 +70,7 @@ def initialize_unit(
     names = set(values) | {alias for alias, name in aliases.items() if name in values}
     with torch.random.fork_rng(devices=[]):
         for module_name in _modules_within(model, names):
-            torch.manual_seed(module_seed(seed, module_name))
+            # Not torch.manual_seed, which would seed the GPUs, too: theirs are the user's.
+            torch.default_generator.manual_seed(module_seed(seed, module_name))
             model._init_weights(model.get_submodule(module_name))
     return values

@@ -65,6 +65,10 @@ class Backend(Protocol):
         """Whether one of the processes was asked to stop. Collective."""
         ...
 
+    def settle(self) -> None:
+        """Wait for what the last step sent, before other collectives than the methods here."""
+        ...
+
     def differing_units(self) -> dict[str, list[list[int]]]:
         """The units whose weights differ between ranks, and which ranks agree. Collective."""
         ...
@@ -147,7 +151,11 @@ class EngineBackend:
         pending = self._in_background
         return self._is_asked(), pending is not None and pending.is_written()
 
+    def settle(self) -> None:
+        self.engine.wait_for_weights()
+
     def must_stop(self) -> bool:
+        self.settle()
         flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
         with ACTIVITY.waiting("request to stop"):
             if self.world_size > 1:
@@ -178,6 +186,7 @@ class EngineBackend:
         :raises ConfigError: on every rank, when one could not write.
         """
         assert self._in_background is not None
+        self.settle()
         pending, self._in_background = self._in_background, None
         pending.finish()
 
@@ -257,6 +266,9 @@ class SimulationBackend:
     def must_stop(self) -> bool:
         """Never: it is one process that any signal ends."""
         return False
+
+    def settle(self) -> None:
+        """Nothing is sent."""
 
     def differing_units(self) -> dict[str, list[list[int]]]:
         """None: the workers share their weights."""

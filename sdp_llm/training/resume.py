@@ -11,6 +11,7 @@ from sdp_llm.agree import agree
 from sdp_llm.checkpoint.load import read_state
 from sdp_llm.checkpoint.save import MANIFEST
 from sdp_llm.config import RunConfig, to_dict
+from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
 from sdp_llm.plan import Schedule
 from sdp_llm.plan.schedule import phase_stops
@@ -133,12 +134,18 @@ def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
+            if key.startswith("scheduler.params.") and _is_torchs(run):
+                effect = "the schedulers of torch keep the checkpoint's"
             if effect:
                 yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
     budget_before = trainer["total_steps"]
     has_changed = before.get("sdp.schedule") != after.get("sdp.schedule")
     if len(inputs.schedule.phases) > 1 and (has_changed or budget_before != total_steps):
         yield _phases_line(run, inputs.schedule, step, None if has_changed else budget_before)
+
+
+def _is_torchs(run: RunConfig) -> bool:
+    return run.scheduler is not None and run.scheduler.type in TORCH_SCHEDULERS
 
 
 def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: int | None) -> str:

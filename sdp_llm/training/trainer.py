@@ -185,6 +185,7 @@ class Trainer:
     def log(self, grad_norm: float) -> None:
         """Print one line and append it to the metrics. Collective."""
         ACTIVITY.enter(LOG)
+        self.backend.settle()
         reduced = self._meter.reduce()
         self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch

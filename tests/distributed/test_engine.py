@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import lr_schedules
+from deepspeed.utils import groups
 from transformers import LlamaForCausalLM
 
+from sdp_llm import distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.initialization import initialize
 from sdp_llm.plan import make_plan
@@ -331,6 +334,24 @@ def most_under_way(case: Case) -> int:
     return max(counts)
 
 
-@pytest.mark.parametrize("under_way", [1, 3])
-def test_reductions_under_way(under_way: int, pools: Pools) -> None:
-    assert pools(2).run(most_under_way, Case(2, under_way=under_way)) == [under_way] * 2
+@pytest.mark.parametrize(
+    ("stage", "under_way", "most"), [(1, 1, 1), (1, 3, 3), (2, 3, 3), (0, 3, 1)]
+)
+def test_reductions_under_way(stage: int, under_way: int, most: int, pools: Pools) -> None:
+    case = Case(2, stage=stage, under_way=under_way)
+    assert pools(2).run(most_under_way, case) == [most] * 2
+
+
+def device_and_world(_: None) -> tuple[list[int], bool]:
+    """Run on a rank: the devices taken at the start, and whether DeepSpeed's world is torch's."""
+    taken: list[int] = []
+    accelerator = distributed.get_accelerator()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "set_device", taken.append)
+        distributed.init_distributed(timedelta(minutes=1))
+    build(Case(2))
+    return taken, groups._get_data_parallel_group() is dist.group.WORLD
+
+
+def test_each_rank_takes_its_own_device(pools: Pools) -> None:
+    assert pools(2).run(device_and_world, None) == [([0], True), ([1], True)]

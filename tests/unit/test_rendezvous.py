@@ -55,6 +55,14 @@ def port() -> int:
     return int(os.environ["MASTER_PORT"])
 
 
+def test_only_the_same_user_is_told_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        assert rendezvous._is_own(here)
+        monkeypatch.setattr(os, "getuid", lambda: -1)
+        assert not rendezvous._is_own(here)
+
+
 def test_one_rank_needs_no_store() -> None:
     be_alone_by_default()
     assert meet(SECONDS) is None

@@ -19,11 +19,10 @@ PHASES: list[dict[str, Any]] = [{"until": 0.5}, {"until": 0.8, "coverage": 1}, {
 
 
 def prepared(
-    steps: int, phases: list[dict[str, Any]] | None = PHASES, **sdp: Any
+    steps: int, phases: list[dict[str, Any]] | None = PHASES, **sections: Any
 ) -> tuple[RunConfig, Inputs]:
-    run = parse_config(
-        {"train_batch_size": 8, "sdp": {"schedule": phases, **sdp}, "training": {"steps": steps}}
-    )
+    sections["sdp"] = {"schedule": phases, **sections.get("sdp", {})}
+    run = parse_config({"train_batch_size": 8, "training": {"steps": steps}, **sections})
     model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
     return run, Inputs(model, run_schedule(run, model, batch, 4), batch, None, None)  # type: ignore[arg-type]
 
@@ -74,10 +73,24 @@ def test_other_phases_are_shown() -> None:
 
 
 def test_another_residual_scale_is_a_warning() -> None:
-    assert said(prepared(100), prepared(100, residual_scale="eval"), 60) == [
+    assert said(prepared(100), prepared(100, sdp={"residual_scale": "eval"}), 60) == [
         "warning: sdp.residual_scale = none before, eval now: the weights were trained with the "
         "one before"
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "effect"),
+    [
+        ("StepLR", "step_size", "the schedulers of torch keep the checkpoint's"),
+        ("WarmupLR", "warmup_num_steps", "the schedule goes on at this step of the new one"),
+    ],
+)
+def test_another_schedule_of_rates_says_what_it_does(kind: str, key: str, effect: str) -> None:
+    before, now = (
+        prepared(100, scheduler={"type": kind, "params": {key: value}}) for value in (3, 5)
+    )
+    assert said(before, now, 60) == [f"warning: scheduler.params.{key} = 3 before, 5 now: {effect}"]
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(100, False), (81, False), (80, True)])

@@ -51,6 +51,9 @@ class Notes:
         norm = math.nan if is_skipped else 0.5 * i
         return Step(torch.tensor([float(i + 1)]), norm, is_skipped)
 
+    def settle(self) -> None:
+        pass
+
     def must_stop(self) -> bool:
         return False
 

@@ -1,0 +1,74 @@
+"""What an engine adopts from a checkpoint beside tensors, once JSON has kept it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime import lr_schedules
+
+from sdp_llm.checkpoint.training_state import adopt_scheduler
+from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
+from sdp_llm.errors import ConfigError
+from sdp_llm.optim import adopt_options, group_options
+
+FOLDER = Path("step-7")
+PARAMS: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": 3},
+    "MultiStepLR": {"milestones": [2, 9, 9, 12]},
+    "CosineAnnealingLR": {"T_max": 20},
+    "CosineAnnealingWarmRestarts": {"T_0": 6},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0, "step_size_up": 4, "cycle_momentum": False},
+    "OneCycleLR": {"max_lr": 1.0, "total_steps": 30, "cycle_momentum": False},
+    "ExponentialLR": {"gamma": 0.9},
+    "WarmupLR": {"warmup_num_steps": 10},
+    "WarmupCosineLR": {"total_num_steps": 30, "warmup_num_steps": 10},
+}
+
+
+def scheduled(name: str) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0, momentum=0.9)
+    classes = torch.optim.lr_scheduler if name in TORCH_SCHEDULERS else lr_schedules
+    return optimizer, getattr(classes, name)(optimizer, **PARAMS.get(name, {}))
+
+
+def rates(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        optimizer.step()
+        scheduler.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted({*TORCH_SCHEDULERS, *PARAMS}))
+def test_rates_go_on_as_if_never_stopped(name: str) -> None:
+    straight = rates(*scheduled(name), 20)
+    optimizer, scheduler = scheduled(name)
+    first = rates(optimizer, scheduler, 7)
+    state = {"scheduler": scheduler.state_dict(), "groups": group_options(optimizer)}
+    kept = json.loads(json.dumps(state))
+    optimizer, scheduler = scheduled(name)
+    adopt_options(optimizer, kept["groups"], FOLDER)
+    adopt_scheduler(scheduler, kept, FOLDER)
+    assert first + rates(optimizer, scheduler, 13) == straight
+
+
+@pytest.mark.parametrize(("saved", "now"), [("WarmupLR", "StepLR"), ("StepLR", "CyclicLR")])
+def test_another_kind_of_scheduler_is_an_error(saved: str, now: str) -> None:
+    state = {"scheduler": scheduled(saved)[1].state_dict()}
+    with pytest.raises(ConfigError, match=f"another learning-rate scheduler than {now}; keep"):
+        adopt_scheduler(scheduled(now)[1], state, FOLDER)
+
+
+def test_what_an_optimizer_adds_when_it_begins_is_no_difference() -> None:
+    """DeepSpeed's Lion counts its steps in the group, from the first one on."""
+    optimizer, _ = scheduled("WarmupLR")
+    saved = [{**options, "step": 7, "initial_lr": 0.5} for options in group_options(optimizer)]
+    adopt_options(optimizer, saved, FOLDER)
+    assert optimizer.param_groups[0]["step"] == 7
+    with pytest.raises(ConfigError, match="saved with another optimizer than SGD"):
+        adopt_options(optimizer, [{**saved[0], "betas": [0.9, 0.95]}], FOLDER)
