@@ -14,13 +14,14 @@ LONG = STEPS * 3
 
 NARROW, WIDE, WIDEST = Model(16), Model(64), Model(128)
 DEEP, SHALLOW = Model(32, 16), Model(32, 4)
-# The learning rates that are tried, with seed 0, and the budget they are tried with.
-GRIDS: Mapping[Model, tuple[tuple[float, ...], int]] = {
-    BASE: ((0.002, 0.004, 0.008, 0.016, 0.032), STEPS),
-    NARROW: ((0.008, 0.016), STEPS),
-    WIDE: ((0.004, 0.008), STEPS),
-    DEEP: ((0.004, 0.008), STEPS),
-    WIDEST: ((0.002, 0.004), STEPS // 2),
+_RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+# The learning rates that are tried with seed 0, by family, and the budget they are tried with.
+GRIDS: Mapping[Model, tuple[Mapping[str, tuple[float, ...]], int]] = {
+    BASE: ({DENSE: _RATES, HALF: _RATES}, STEPS),
+    NARROW: ({DENSE: _RATES[1:4], HALF: _RATES[2:]}, STEPS),
+    WIDE: ({DENSE: _RATES[1:4], HALF: _RATES[1:4]}, STEPS),
+    DEEP: ({DENSE: _RATES[1:3], HALF: _RATES[1:3]}, STEPS),
+    WIDEST: ({DENSE: _RATES[:2], HALF: _RATES[:2]}, STEPS // 2),
 }
 SWEEP = 0
 
@@ -44,7 +45,7 @@ def _swept(case: Case) -> Model:
 def sweep(model: Model, family: str) -> list[Run]:
     """The runs that choose the learning rate of a model."""
     grid, steps = GRIDS[model]
-    return [Run(Case(model, family, steps), rate, 0) for rate in grid]
+    return [Run(Case(model, family, steps), rate, 0) for rate in grid[family]]
 
 
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
@@ -182,19 +183,22 @@ _SECOND = frozenset(
     (
         *_WIDE,
         _smaller(4),
-        *_QUARTER,
         *_at(["forward 1/2, last 20% full"]),
         *_at(["forward 1/2, two halves", "backward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
-        *_at(["forward 1/2, first pinned", "forward 1/2, last pinned"]),
-        *_at(["forward 1/2, two of each pinned"]),
         *_at([HALF], is_equal_flops=False),
         *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
         Case(replace(BASE, dropout=0.1), DENSE, STEPS),
     )
 )
+_THIRD = frozenset(
+    (
+        *_at([f"forward 1/2, {which} pinned" for which in ("first", "last", "two of each")]),
+        *_LONG,
+    )
+)
 # What is trained with every seed before the next begins.
-TIERS = (_FIRST, _SECOND, frozenset(_LONG))
+TIERS = (_FIRST, _SECOND, _THIRD)
 
 
 @dataclass(frozen=True)

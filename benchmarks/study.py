@@ -34,7 +34,7 @@ from sdp_llm.training.environment import prepare
 from sdp_llm.training.progress import duration
 
 # What tells most comes first.
-ORDER = (1, 2, 9, 5, 4, 6, 3, 8, 7)
+ORDER = (1, 2, 8, 9, 5, 4, 6, 3, 7)
 
 
 def run(arguments: argparse.Namespace) -> None:
