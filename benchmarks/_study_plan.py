@@ -65,18 +65,16 @@ _LONG = (
     _smaller(5, LONG),
     *(Case(BASE, kind, LONG) for kind in _BOTH),
 )
-# What is compared at the double width, too.
-_WIDE = (
-    *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, "forward 1/4", _GROWING)),
-    _smaller(5, STEPS, WIDE),
-)
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
-# From the lowest coverage, which is the best at the short budget.
-_QUARTER = _at(
-    [f"forward 1/4, {end}" for end in ("last 20% full", "last 20% backward", "scale eval")]
+# What may make up for the blocks that a subnetwork of a quarter does not have.
+_QUARTER = [f"forward 1/4, {end}" for end in ("last 20% full", "last 20% backward", "scale eval")]
+# What is compared at the double width, too.
+_WIDE = (
+    *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, *_QUARTER)),
+    _smaller(5, STEPS, WIDE),
 )
 _SCHEDULES = tuple(
     _at(
@@ -85,9 +83,9 @@ _SCHEDULES = tuple(
             _GROWING,
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
+            *_QUARTER,
         ]
     )
-    + _QUARTER
 )
 
 # By question and in order of what they tell; a case may serve several questions.
@@ -178,27 +176,32 @@ _FIRST = frozenset(
         _smaller(5),
     )
 )
-# What answers a question where the first tier does not.
+# Whether that holds for other widths and depths.
 _SECOND = frozenset(
     (
         *_WIDE,
+        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
+    )
+)
+# What answers a question where the first tiers do not.
+_THIRD = frozenset(
+    (
         _smaller(4),
         *_at(["forward 1/2, last 20% full"]),
         *_at(["forward 1/2, two halves", "backward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
         *_at([HALF], is_equal_flops=False),
-        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
         Case(replace(BASE, dropout=0.1), DENSE, STEPS),
     )
 )
-_THIRD = frozenset(
+_FOURTH = frozenset(
     (
         *_at([f"forward 1/2, {which} pinned" for which in ("first", "last", "two of each")]),
         *_LONG,
     )
 )
 # What is trained with every seed before the next begins.
-TIERS = (_FIRST, _SECOND, _THIRD)
+TIERS = (_FIRST, _SECOND, _THIRD, _FOURTH)
 
 
 @dataclass(frozen=True)
