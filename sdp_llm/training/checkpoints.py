@@ -11,6 +11,7 @@ from sdp_llm.checkpoint.together import sync_folder
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.size import FP32_BYTES, setup_from_config
+from sdp_llm.training.environment import device_type
 
 
 def tag_of(step: int) -> str:
@@ -95,6 +96,8 @@ def checkpoint_line(run: RunConfig, numel: int, share: int) -> str:
     line = f"checkpoints {interval}, {checkpoint_bytes(run, numel) / 1e9:,.2f} GB each"
     if training.async_save:
         memory = checkpoint_bytes(run, share) / 2**30
+        if device_type() == "cuda":
+            memory *= 2  # torch rounds pinned memory up to powers of two
         line += f"; their copy takes up to {memory:,.2f} GiB of a rank's host memory"
     return line
 
