@@ -122,8 +122,12 @@ class TrainingConfig:
     All optional here, because a user's own loop needs no budget; see `require_pretraining`.
     """
 
-    run_dir: str | None = key(STRING, "folder for logs, checkpoints and the export", None)
-    steps: int | None = key(POSITIVE, "budget in optimizer steps", None)
+    run_dir: str | None = key(
+        STRING, "folder for logs, checkpoints and the export, which a run needs", None
+    )
+    steps: int | None = key(
+        POSITIVE, "budget in optimizer steps; a run needs one of the three budgets", None
+    )
     tokens: int | None = key(POSITIVE, "budget in tokens", None)
     flops_of_dense_steps: int | None = key(
         POSITIVE, "budget as the FLOPs of that many steps at coverage 1", None
