@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from sdp_llm.plan import Plan, make_plan
+from sdp_llm.sharding.collectives import Pending
 from sdp_llm.sharding.cursor import LaunchCursor
+from sdp_llm.sharding.reducer import GradientReducer
+from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import ModelLayout, UnitLayout, empty_model, model_layout
 from tests.distributed.tiny import llama
 
@@ -73,6 +81,76 @@ def test_ranks_agree_on_what_they_share(blocks: int) -> None:
                 shared = [[u for u in launches[r] if owners[u] >= {a, b}] for r in (a, b)]
                 assert shared[0] == shared[1]
                 assert shared[0], "the shared parameters at least"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The owners of one unit."""
+
+    unit: str
+    owners: tuple[int, ...]
+
+    def size(self) -> int:
+        return len(self.owners)
+
+
+@dataclass
+class Recorder:
+    """A communicator that sends nothing and notes what would be on a rank's one stream."""
+
+    dtype: torch.dtype = torch.float32
+    issued: list[tuple[str, Group]] = field(default_factory=list)
+
+    def received_numel(self, numel: int, group: Group) -> int:
+        return numel // group.size()
+
+    def reduce_scatter(self, send: Tensor, received: Tensor, group: Group) -> Any:
+        self.issued.append(("reduce-scatter", group))
+        return [received], Pending(lambda: None)
+
+    def all_gather(self, full: Tensor, group: Group) -> Pending:
+        self.issued.append(("all-gather", group))
+        return Pending(lambda: None)
+
+
+def _issued(plan: Plan, rank: int, stage: int, under_way: int) -> list[tuple[str, Group]]:
+    """What a rank issues in one backward pass, through the reducer itself."""
+    model = empty_model(llama(False, plan.num_blocks))
+    units = []
+    for layout in model_layout(model).units:
+        owners = _owners(plan, layout)
+        if rank in owners:
+            group: Any = Group(layout.name, owners) if len(owners) > 1 else None
+            device = torch.device("cpu")
+            made = {"rank": rank, "stage": stage, "dtype": torch.float32, "device": device}
+            units.append(Unit(layout, None, owners=owners, group=group, **made))  # type: ignore[arg-type]
+    recorder: Any = Recorder()
+    reducer = GradientReducer(units, model, recorder, stage=stage, under_way=under_way)
+    reducer.begin(reduce=True)
+    reducer.finish()
+    issued: list[tuple[str, Group]] = recorder.issued
+    return issued
+
+
+def _run(streams: Sequence[list[tuple[str, Group]]]) -> None:
+    """Run collectives as NCCL does: each begins when it is the first on all its ranks' streams."""
+    left = [stream[::-1] for stream in streams]
+    while any(left):
+        heads = [stream[-1] if stream else None for stream in left]
+        ready = [h for h in heads if h and all(heads[rank] == h for rank in h[1].owners)]
+        assert ready, f"each waits for another: {heads}"
+        for rank in ready[0][1].owners:
+            left[rank].pop()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("under_way", [1, 2, 3])
+def test_one_stream_per_rank_never_waits_for_ever(stage: int, under_way: int) -> None:
+    for n, blocks, p in ((4, 8, 2), (8, 12, 4), (8, 24, 2)):
+        plan = make_plan(n, blocks, owners_per_block=p)
+        streams = [_issued(plan, rank, stage, under_way) for rank in range(n)]
+        assert all(len(stream) > p for stream in streams)
+        _run(streams)
 
 
 def test_a_complete_unit_waits_for_the_units_after_it() -> None:
