@@ -17,7 +17,9 @@ from benchmarks._study_rows import Row, dense_of, rows_of, table
 FRONT = 9  # the question that all runs of the base model answer together
 _ABOUT = (
     "Whole-model validation loss in nats per token, mean and standard error over seeds; the gap "
-    "is paired by seed with the dense model at the same budget. FLOPs in those of the dense base "
+    "is paired by seed with the dense model at the same budget; whole - trained is the loss minus "
+    "the training loss of the last fifth of the run, that of subnetworks where blocks are skipped, "
+    "where it was kept. FLOPs in those of the dense base "
     "model's run. Memory of one rank and bytes that it sends in the whole run are closed forms "
     "(fp32, AdamW; state and total at ZeRO stage 0, then the total at stage 2; bytes with those of "
     "changes of plan)."

@@ -21,13 +21,16 @@ class Row:
     """What is known about one case.
 
     ``gap`` is the loss minus that of the dense model with the same budget, paired by seed; None
-    where there is no common seed. ``cost`` is that of one rank and of the whole run.
+    where there is no common seed. ``excess`` is the loss of the whole model minus the training loss
+    of the last fifth of the run, which is that of the subnetworks where a rank skips blocks; None
+    where no run has it. ``cost`` is that of one rank and of the whole run.
     """
 
     case: Case
     label: str
     loss: Mean
     gap: Mean | None
+    excess: Mean | None
     steps: int
     cost: RunCost
     lam: float
@@ -81,6 +84,7 @@ def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
                 label(case),
                 mean(list(losses.values())),
                 None if case == dense_of(case) else difference(losses, dense),
+                difference(losses, _training_losses(found)),
                 first["steps"],
                 run_cost(Run.from_json(first)),
                 first["lam"],
@@ -88,6 +92,11 @@ def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
             )
         )
     return rows
+
+
+def _training_losses(found: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    key = "training_loss"  # younger than the study
+    return {seed: result[key] for seed, result in found.items() if key in result}
 
 
 def table(
@@ -108,6 +117,7 @@ def table(
         "FLOPs": lambda row: "-" if dense is None else f"{row.flops / dense:.2f}",
         "loss": lambda row: str(row.loss),
         "gap to dense": lambda row: row.gap.text("+") if row.gap else "-",
+        "whole - trained": lambda row: row.excess.text("+") if row.excess else "-",
         "seeds": lambda row: str(row.loss.count),
         "state, MiB": lambda row: f"{row.state(0):.2f}",
         "total, MiB": lambda row: f"{row.memory(0):.2f}",

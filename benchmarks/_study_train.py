@@ -104,6 +104,7 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
     trainer.fit()
     seconds = time.process_time() - started
     assert trainer.last_validation is not None
+    validations, training_loss = _logged(folder.path)
     result = {
         "id": study_run.id,
         **study_run.to_json(),
@@ -112,7 +113,8 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
         "tokens": trainer.position.tokens,
         "loss": trainer.last_validation.loss,
         "validation_tokens": trainer.last_validation.tokens,
-        "validations": _validations(folder.path),
+        "training_loss": training_loss,
+        "validations": validations,
         "lam": analyze(inputs.schedule.phases[0].plan).lam,
         "alignment": backend.alignment,
         "cpu_seconds": round(seconds, 1),
@@ -125,7 +127,10 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
     return result
 
 
-def _validations(run_dir: Path) -> list[dict[str, float]]:
+def _logged(run_dir: Path) -> tuple[list[dict[str, float]], float]:
+    """All validations, and the mean training loss of the last log line's steps."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [entry for entry in map(json.loads, lines) if "validation/loss" in entry]
-    return [{"step": entry["step"], "loss": entry["validation/loss"]} for entry in found]
+    entries = [json.loads(line) for line in lines]
+    validated = [entry for entry in entries if "validation/loss" in entry]
+    trained = [entry["loss"] for entry in entries if "loss" in entry]
+    return [{"step": e["step"], "loss": e["validation/loss"]} for e in validated], trained[-1]
