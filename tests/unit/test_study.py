@@ -275,6 +275,8 @@ def _result(run: Run) -> dict[str, Any]:
         **run.to_json(),
         "config": run.config("/data", "/output"),
         "loss": 4.0 + gap + 0.01 * run.seed,
+        # As if it was not kept at first.
+        **({"training_loss": 3.5 + gap} if run.seed else {}),
         "steps": case.steps(),
         "world_size": WORLD_SIZE,
         "cpu_seconds": 100.0,
@@ -312,7 +314,8 @@ def test_a_row_says_how_many_seeds_it_has_and_pairs_its_gap(results: Results) ->
     assert backward.gap.error == pytest.approx(0.0, abs=1e-9)
     lines = table([dense, half]).splitlines()
     assert lines[2].split("|")[3].strip() == "1.00"
-    assert lines[3].split("|")[6].strip() == "1"
+    assert lines[3].split("|")[6:8] == ["               - ", "     1 "]
+    assert lines[2].split("|")[6].strip() == "+0.510"
 
 
 @pytest.mark.parametrize("kind", ["forward 1/2, last 20% full", "forward 1/2, rotated every 50"])
