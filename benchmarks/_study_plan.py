@@ -179,7 +179,8 @@ _FIRST = frozenset(
 # Whether that holds for other widths and depths.
 _SECOND = frozenset(
     (
-        *_WIDE,
+        *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, _GROWING)),
+        _smaller(5, STEPS, WIDE),
         *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
     )
 )
