@@ -58,8 +58,9 @@ def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
 
 
 _GROWING = "forward 1/4, 1/2, full, a third each"
+_LATE_BACKWARD = "forward 1/4, last 20% backward"
 # What is compared at a longer budget, too.
-_BOTH = (HALF, "forward 1/4", _GROWING, "forward 1/2, last 50% backward")
+_BOTH = (HALF, "forward 1/4", _GROWING, "forward 1/2, last 50% backward", _LATE_BACKWARD)
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
@@ -69,8 +70,8 @@ _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backwa
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
-# What may make up for the blocks that a subnetwork of a quarter does not have.
-_QUARTER = [f"forward 1/4, {end}" for end in ("last 20% full", "last 20% backward", "scale eval")]
+# What else may make up for the blocks that a subnetwork of a quarter does not have.
+_QUARTER = ("forward 1/4, last 20% full", "forward 1/4, scale eval")
 # What is compared at the double width, too.
 _WIDE = (
     *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, *_QUARTER)),
@@ -83,6 +84,7 @@ _SCHEDULES = tuple(
             _GROWING,
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
+            _LATE_BACKWARD,
             *_QUARTER,
         ]
     )
@@ -176,18 +178,19 @@ _FIRST = frozenset(
         _smaller(5),
     )
 )
-# Whether that holds for other widths and depths.
+# Whether that holds at another width.
 _SECOND = frozenset(
     (
-        *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, _GROWING)),
+        *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, _GROWING, _LATE_BACKWARD)),
         _smaller(5, STEPS, WIDE),
-        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
+        *_at([_LATE_BACKWARD]),
     )
 )
 # What answers a question where the first tiers do not.
 _THIRD = frozenset(
     (
         _smaller(4),
+        *(Case(model, kind, STEPS) for kind in (DENSE, HALF) for model in (NARROW, SHALLOW)),
         *_at(["forward 1/2, last 20% full"]),
         *_at(["forward 1/2, two halves", "backward 1/2, two halves"]),
         *_at(["forward 1/2, scale inverse_coverage", "forward 1/2, scale eval"]),
