@@ -59,8 +59,12 @@ def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
 
 _GROWING = "forward 1/4, 1/2, full, a third each"
 _LATE_BACKWARD = "forward 1/4, last 20% backward"
+_SCALED = "forward 1/4, scale eval"
 # What is compared at a longer budget, too.
-_BOTH = (HALF, "forward 1/4", _GROWING, "forward 1/2, last 50% backward", _LATE_BACKWARD)
+_BOTH = (
+    *(HALF, "forward 1/4", _SCALED),
+    *(_GROWING, "forward 1/2, last 50% backward", _LATE_BACKWARD),
+)
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
@@ -70,12 +74,11 @@ _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backwa
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
-# What else may make up for the blocks that a subnetwork of a quarter does not have.
-_QUARTER = ("forward 1/4, last 20% full", "forward 1/4, scale eval")
+_LATE_FULL = "forward 1/4, last 20% full"
 # What is compared at the double width, too.
 _WIDE = (
-    *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, *_QUARTER)),
-    _smaller(5, STEPS, WIDE),
+    *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
+    *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4)),
 )
 _SCHEDULES = tuple(
     _at(
@@ -84,8 +87,7 @@ _SCHEDULES = tuple(
             _GROWING,
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
-            _LATE_BACKWARD,
-            *_QUARTER,
+            *(_LATE_BACKWARD, _LATE_FULL, _SCALED),
         ]
     )
 )
@@ -181,9 +183,9 @@ _FIRST = frozenset(
 # Whether that holds at another width.
 _SECOND = frozenset(
     (
-        *(Case(WIDE, kind, STEPS) for kind in (DENSE, HALF, _GROWING, _LATE_BACKWARD)),
-        _smaller(5, STEPS, WIDE),
-        *_at([_LATE_BACKWARD]),
+        *(Case(WIDE, kind, STEPS) for kind in (DENSE, _SCALED, _GROWING)),
+        _smaller(4, STEPS, WIDE),
+        *_at([_SCALED]),
     )
 )
 # What answers a question where the first tiers do not.
