@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks._study_cases import DENSE, Case
-from benchmarks._study_plan import QUESTIONS, STEPS
+from benchmarks._study_cases import DENSE, HALF, Case
+from benchmarks._study_plan import QUESTIONS, STEPS, WIDE
 from benchmarks._study_results import Results
-from benchmarks._study_rows import Row, rows_of, table
+from benchmarks._study_rows import Row, dense_of, rows_of, table
 
 # A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,6 +39,8 @@ def _tables() -> dict[str, Callable[[Results], str]]:
     flops = [c for c in first if c.is_equal_flops]
     steps = [c for c in first if not c.is_equal_flops or c.kind == DENSE]
     smaller = [c for c in QUESTIONS[2] if c.kind == DENSE and c.dense_steps == STEPS]
+    half = [c for c in QUESTIONS[8] if c.kind in (DENSE, HALF) and c.reference is None]
+    wide = [c for c in QUESTIONS[8] if dense_of(c).model == WIDE]
     return {
         "flops": lambda results: _by_loss([*flops, *smaller], results),
         "steps": lambda results: _by_loss(steps, results),
@@ -47,7 +49,8 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
         "schedules": lambda results: _by_loss(QUESTIONS[5], results),
         "plans": lambda results: _by_loss(QUESTIONS[6], results, {"λ": lambda r: f"{r.lam:.2f}"}),
-        "sizes": lambda results: _rows(rows_of(QUESTIONS[8], results), _MODEL),
+        "sizes": lambda results: _rows(rows_of(half, results), _MODEL),
+        "wide": lambda results: _by_loss(wide, results),
     }
 
 

@@ -34,8 +34,8 @@ from sdp_llm.errors import ConfigError
 CONFIGS = Path(__file__).parents[2] / "configs"
 # By name: what the study calls the same (docs/study.md).
 PRESETS = {
-    "memory": "forward 1/4",
-    "balanced": "forward 1/2, last 50% backward",
+    "memory": "forward 1/4, scale eval",
+    "balanced": "forward 1/2, scale eval",
     "quality": "forward 1/4, 1/2, full, a third each",
 }
 
@@ -308,11 +308,12 @@ def test_shipped_configs_are_there() -> None:
 
 
 @pytest.mark.parametrize("size", ["134m", "1b"])
-def test_twins_differ_in_coverage_and_run_folder_only(size: str) -> None:
+def test_twins_differ_in_coverage_scale_and_run_folder_only(size: str) -> None:
     sdp, dense = (
         json.loads((CONFIGS / f"llama_{size}_{kind}.json").read_text()) for kind in ("sdp", "dense")
     )
     assert (sdp["sdp"].pop("coverage"), dense["sdp"].pop("coverage")) == ("1/2", 1)
+    assert sdp["sdp"].pop("residual_scale") == "eval"
     assert sdp["training"].pop("run_dir") != dense["training"].pop("run_dir")
     assert sdp == dense
 
