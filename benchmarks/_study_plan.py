@@ -59,6 +59,7 @@ def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
 
 _GROWING = "forward 1/4, 1/2, full, a third each"
 _LATE_BACKWARD = "forward 1/4, last 20% backward"
+_LATE_FULL = "forward 1/4, last 20% full"
 _SCALED = "forward 1/4, scale eval"
 # What is compared at a longer budget, too.
 _BOTH = (
@@ -74,7 +75,6 @@ _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backwa
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
 _UNPINNED.append("backward 1/2, no pins")
 
-_LATE_FULL = "forward 1/4, last 20% full"
 # What is compared at the double width, too.
 _WIDE = (
     *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
