@@ -23,6 +23,7 @@ SEQUENCE_LENGTH = 256
 VOCABULARY = 2048
 VALIDATIONS = 5  # in a run
 FIRST_SEED = 1234
+INITIALIZER_RANGE = 0.02  # transformers' default
 
 DENSE = "dense"
 HALF = "forward 1/2"
@@ -30,15 +31,22 @@ HALF = "forward 1/2"
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama of the study; its name tells its shape."""
+    """A Llama of the study; its name tells its shape.
+
+    Attributes:
+        initializer_range: standard deviation of the initial weights.
+    """
 
     hidden: int = 32
     blocks: int = 8
     dropout: float = 0.0
+    initializer_range: float = INITIALIZER_RANGE
 
     def __str__(self) -> str:
         dropout = f"-dropout{self.dropout:g}" if self.dropout else ""
-        return f"h{self.hidden}-b{self.blocks}{dropout}"
+        spread = self.initializer_range
+        initial = f"-init{spread:g}" if spread != INITIALIZER_RANGE else ""
+        return f"h{self.hidden}-b{self.blocks}{dropout}{initial}"
 
     def config(self) -> LlamaConfig:
         """The HuggingFace config."""
@@ -54,6 +62,7 @@ class Model:
             max_position_embeddings=SEQUENCE_LENGTH,
             tie_word_embeddings=False,
             attention_dropout=self.dropout,
+            initializer_range=self.initializer_range,
         )
 
 

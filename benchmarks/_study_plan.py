@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from benchmarks._study_cases import DENSE, FREE_RATES, HALF, Case, Model, Run
+from benchmarks._study_cases import (
+    DENSE,
+    FREE_RATES,
+    HALF,
+    INITIALIZER_RANGE,
+    Case,
+    Model,
+    Run,
+)
 
 BASE = Model()
 STEPS = 1200  # of the dense model: 2.5 M tokens, 11 per parameter, 25 per block parameter
@@ -14,6 +22,9 @@ LONG = STEPS * 3
 
 NARROW, WIDE, WIDEST = Model(16), Model(64), Model(128)
 DEEP, SHALLOW = Model(32, 16), Model(32, 4)
+# 0.07 times the root of 64 is 0.56, as is 0.02 times that of 768: what a matrix makes of a normed
+# input starts as large as in the models that transformers' default is meant for.
+LARGER_START = replace(WIDE, initializer_range=0.07)
 _RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
 # The learning rates that are tried with seed 0, by family, and the budget they are tried with.
 GRIDS: Mapping[Model, tuple[Mapping[str, tuple[float, ...]], int]] = {
@@ -37,9 +48,13 @@ def learning_rate(case: Case, rates: Rates) -> float | None:
 
 
 def _swept(case: Case) -> Model:
-    """The case's own model, else the one that gives its budget, else the base model."""
-    own = replace(case.model, dropout=0.0)
-    return own if own in GRIDS else case.reference or BASE
+    """The case's own model, else the one that gives its budget, else the base model.
+
+    Dropout and the spread of the initial weights do not count.
+    """
+    models = (case.model, case.reference or BASE)
+    plain = [replace(m, dropout=0.0, initializer_range=INITIALIZER_RANGE) for m in models]
+    return plain[0] if plain[0] in GRIDS else plain[1]
 
 
 def sweep(model: Model, family: str) -> list[Run]:
@@ -79,6 +94,11 @@ _UNPINNED.append("backward 1/2, no pins")
 _WIDE = (
     *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
     *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4)),
+)
+# And with larger initial weights.
+_LARGER_START = (
+    *(Case(LARGER_START, kind, STEPS) for kind in (DENSE, _SCALED)),
+    _smaller(4, STEPS, LARGER_START),
 )
 _SCHEDULES = tuple(
     _at(
@@ -166,6 +186,11 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
             for kind in (DENSE, HALF)
         ),
         *_WIDE,
+        *_LARGER_START,
+        *(
+            Case(LARGER_START, kind, STEPS)
+            for kind in ("forward 1/2, scale eval", _LATE_FULL, _GROWING)
+        ),
     ),
     9: _SCHEDULES,
 }
@@ -203,11 +228,11 @@ _THIRD = frozenset(
 _FOURTH = frozenset(
     (
         *_at([f"forward 1/2, {which} pinned" for which in ("first", "last", "two of each")]),
-        *_LONG,
+        *_at(["forward 3/4"]),
     )
 )
 # What is trained with every seed before the next begins.
-TIERS = (_FIRST, _SECOND, _THIRD, _FOURTH)
+TIERS = (_FIRST, _SECOND, frozenset(_LARGER_START), _THIRD, _FOURTH)
 
 
 @dataclass(frozen=True)
