@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.loss import target_count
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.adapter import find_blocks
 
@@ -74,14 +74,14 @@ def accumulate(
     :param micro_batch: samples of each worker that go through the model at once.
     :returns: the mean loss of all workers in nats per token, alone in a list.
     """
-    assert simulation.eos_id is None, "positions would have to be routed too"
+    assert simulation.loss.eos_id is None, "positions would have to be routed too"
     n = simulation.plan.world_size
     slices = batch.view(n, len(batch) // n, -1)
     targets = target_count(slices[0])
     total = 0.0
     for part in slices.split(micro_batch or slices.shape[1], dim=1):
         with routed(simulation, part.shape[1]):
-            loss = summed_loss(simulation.model, part.flatten(0, 1)) / targets
+            loss = simulation.loss(simulation.model, part.flatten(0, 1)) / targets
             loss.backward()
         total += loss.item()
     for unit in simulation.layout.units:

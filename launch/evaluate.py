@@ -36,7 +36,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from sdp_llm.data.sampler import validation_samples
     from sdp_llm.evaluation import Evaluation
     from sdp_llm.exported import load_exported
-    from sdp_llm.loss import summed_loss, target_count
+    from sdp_llm.loss import NextTokenLoss, target_count
     from sdp_llm.training.corpora import check_ids, open_validation
     from sdp_llm.training.documents import separator
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
@@ -52,11 +52,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = None if run.data.tokenizer is None else load_tokenizer(run.data.tokenizer)
     attention = model.config._attn_implementation
     eos_id = separator(run.data, model.config, attention, tokenizer, corpora)
+    loss = NextTokenLoss(eos_id, run.training.loss_chunk)
     model.to(device_type()).eval()
     total = 0.0
     with torch.no_grad():
         for part in samples.split(arguments.micro_batch_size):
-            total += summed_loss(model, part.to(device_type()), eos_id).item()
+            total += loss(model, part.to(device_type())).item()
     tokens = target_count(samples)
     result = Evaluation(total / tokens, tokens)
     text = ""

@@ -37,6 +37,7 @@ from sdp_llm.config import RunConfig, deepspeed_dict
 from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
+from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.optim import adopt_options
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
@@ -222,12 +223,12 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         self,
         samples: Tensor,
         micro_batch: int,
-        eos_id: int | None = None,
+        loss: NextTokenLoss = summed_loss,
         must_stop: Callable[[], bool] | None = None,
     ) -> Evaluation:
         """The whole model's loss; see :func:`sdp_llm.evaluation.evaluate`. Collective."""
         self.wait_for_weights()
-        return evaluate(self.sharded, samples, micro_batch, eos_id, must_stop)
+        return evaluate(self.sharded, samples, micro_batch, loss, must_stop)
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
         """Write the whole model as a HuggingFace checkpoint. Collective over the world."""

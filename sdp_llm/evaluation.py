@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.errors import Interrupted
-from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.loss import NextTokenLoss, summed_loss, target_count
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
@@ -143,7 +143,7 @@ def evaluate(
     sharded: ShardedModel,
     samples: Tensor,
     micro_batch: int,
-    eos_id: int | None = None,
+    loss: NextTokenLoss = summed_loss,
     must_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """The whole model's loss over the samples of all ranks. Collective over the world.
@@ -152,7 +152,7 @@ def evaluate(
         numbers of them, also none.
     :param micro_batch: samples per forward. Each forward makes every block travel once, so take
         as many as memory allows; the activations of one block and the logits exist at a time.
-    :param eos_id: the id that ends every document: then documents do not see each other.
+    :param loss: what is computed; with its ``chunk`` the logits exist in pieces.
     :param must_stop: asked before each forward, and collective like it.
     :raises Interrupted: on every rank, when ``must_stop`` says so.
     """
@@ -170,12 +170,12 @@ def evaluate(
             part = samples[i * micro_batch : (i + 1) * micro_batch].to(device)
             if len(part) == 0:
                 # Blocks travel in every rank's forward: run one that does not count.
-                summed_loss(model, samples.new_zeros(1, samples.shape[1]).to(device), eos_id)
+                loss(model, samples.new_zeros(1, samples.shape[1]).to(device))
                 continue
-            total[0] += summed_loss(model, part, eos_id).double()
+            total[0] += loss(model, part).double()
             total[1] += target_count(part)
     with ACTIVITY.waiting("validation loss"):
         if dist.get_world_size() > 1:
             dist.all_reduce(total)
-        loss, tokens = total.tolist()
-    return Evaluation(loss / tokens, int(tokens))
+        value, tokens = total.tolist()
+    return Evaluation(value / tokens, int(tokens))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.loss import NextTokenLoss, summed_loss, target_count
 from sdp_llm.plan import Plan
 from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind, initialize_unit
@@ -46,7 +46,7 @@ class Simulation:
     :param init_from: a HuggingFace checkpoint with the initial weights, instead of ``seed``.
     :param dtype: of the weights; masters and gradients are fp32.
     :param max_norm: clip the global gradient norm to this (0: never).
-    :param eos_id: the id that ends every document: then documents do not see each other.
+    :param loss: what is minimised.
     :param residual_scale: ``sdp.residual_scale``; :attr:`residual_scale` follows the plan.
     """
 
@@ -64,11 +64,11 @@ class Simulation:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
-        eos_id: int | None = None,
+        loss: NextTokenLoss = summed_loss,
         residual_scale: str = "none",
     ) -> None:
         self.plan = plan
-        self.eos_id = eos_id
+        self.loss = loss
         self.masking = masking
         self.max_norm = max_norm
         self.model = empty_model(config, attn_implementation)
@@ -133,7 +133,7 @@ class Simulation:
             losses.append(0.0)
             with self.worker(rank):
                 for part in samples.split(micro_batch or len(samples)):
-                    loss = summed_loss(self.model, part, self.eos_id) / targets
+                    loss = self.loss(self.model, part) / targets
                     loss.backward()
                     losses[rank] += loss.item()
                     self._collect(total)
@@ -166,7 +166,7 @@ class Simulation:
         self.model.eval()
         with self.residual_scale.whole_model():
             for batch in batches:
-                total += summed_loss(self.model, batch, self.eos_id).item()
+                total += self.loss(self.model, batch).item()
                 targets += target_count(batch)
         self.model.train()
         return total / targets

@@ -173,6 +173,12 @@ class TrainingConfig:
     check_interval: int = key(
         COUNT, "steps between comparisons of the weights that ranks have in common; 0: none", 0
     )
+    loss_chunk: int | None = key(
+        POSITIVE,
+        "tokens whose logits exist at a time, as they are often a rank's largest tensor; none: all "
+        "of a micro-batch",
+        None,
+    )
     spike_factor: float | None = key(
         number(above=1),
         "report a rank's loss that is more than this times its median of 128 steps, and what it "

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.errors import ConfigError
-from sdp_llm.loss import summed_loss
+from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.plan.size import BlockSize, ModelSize, UnitSize
 from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind
@@ -77,6 +77,7 @@ def model_size(
     dtype: torch.dtype = torch.float32,
     max_unit_numel: int | None = None,
     document_mask: bool = False,
+    loss_chunk: int | None = None,
 ) -> ModelSize:
     """Count the parameters of the model and measure the activations of one micro-batch.
 
@@ -90,7 +91,9 @@ def model_size(
     :param max_unit_numel: where units are split, the smaller of ``reduce_bucket_size`` and
         ``allgather_bucket_size``.
     :param document_mask: whether documents are kept apart, which takes a mask in memory.
-    :raises ConfigError: for a model whose cost depends on the data (mixture of experts).
+    :param loss_chunk: how many tokens have logits at a time; None: all.
+    :raises ConfigError: for a model whose cost depends on the data (mixture of experts), or whose
+        loss cannot be computed in pieces.
     """
     config = copy.deepcopy(config)  # building and running a model changes it
     attention = "eager" if attn_implementation == "eager" else "sdpa"
@@ -104,9 +107,9 @@ def model_size(
     _bind_fakes(model, layout, dtype)
     tokens = torch.zeros(micro_batch, sequence_length + 1, dtype=torch.int64)
     # To the ids, which are all 0, every token is a document.
-    eos_id = 0 if document_mask else None
+    loss = NextTokenLoss(0 if document_mask else None, loss_chunk)
     blocks, shared, recomputed = _activations(
-        model, layout, groups, tokens, gradient_checkpointing, eos_id
+        model, layout, groups, tokens, gradient_checkpointing, loss
     )
     return ModelSize(
         units=tuple(
@@ -125,13 +128,15 @@ def model_size(
     )
 
 
-def saved_bytes(model: PreTrainedModel, tokens: Tensor, eos_id: int | None = None) -> SavedBytes:
+def saved_bytes(
+    model: PreTrainedModel, tokens: Tensor, loss: NextTokenLoss = summed_loss
+) -> SavedBytes:
     """Run one forward pass of the loss and count what autograd saves besides the parameters.
 
     A storage counts once and whole; parameters and buffers do not count.
 
     :param tokens: ids ``[batch, sequence + 1]``, int64.
-    :param eos_id: the id that ends every document, as for the loss.
+    :param loss: what the forward pass computes.
     """
     _, blocks = find_blocks(model)
     seen = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -161,7 +166,7 @@ def saved_bytes(model: PreTrainedModel, tokens: Tensor, eos_id: int | None = Non
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            summed_loss(model, tokens, eos_id)
+            loss(model, tokens)
     finally:
         for hook in hooks:
             hook.remove()
@@ -223,7 +228,7 @@ def _activations(
     groups: list[list[int]],
     tokens: Tensor,
     gradient_checkpointing: bool,
-    eos_id: int | None,
+    loss: NextTokenLoss,
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Bytes per block, trained and frozen; of what is shared; and what is recomputed on top.
 
@@ -233,13 +238,13 @@ def _activations(
     _, blocks = find_blocks(model)
     skip_blocks(blocks, {b for group in groups for b in group[:2]})
     model.train()
-    whole = saved_bytes(model, tokens, eos_id)
+    whole = saved_bytes(model, tokens, loss)
     stored = whole
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        stored = saved_bytes(model, tokens, eos_id)
+        stored = saved_bytes(model, tokens, loss)
     freeze_blocks(blocks, ())
-    frozen = saved_bytes(model, tokens, eos_id)
+    frozen = saved_bytes(model, tokens, loss)
 
     sizes = [(0, 0)] * layout.num_blocks
     shared, recomputed = stored.shared, 0

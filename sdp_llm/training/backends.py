@@ -18,7 +18,7 @@ from sdp_llm.config import RunConfig
 from sdp_llm.engine import SDPEngine
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.initialization import initialize
-from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.loss import target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.sharding.consistency import differing_units
 from sdp_llm.sharding.probe import GradientProbe
@@ -108,7 +108,7 @@ class EngineBackend:
         self._is_asked = is_asked
         self._in_background: BackgroundSave | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._eos_id = inputs.eos_id
+        self._loss = inputs.loss
         # Dropout, where a model has it, differs between ranks and repeats between runs.
         torch.manual_seed(module_seed(run.training.seed, f"rank {self.rank}"))
 
@@ -124,7 +124,7 @@ class EngineBackend:
         gradients = None
         for part in tokens.split(engine.train_micro_batch_size_per_gpu()):
             ACTIVITY.enter(COMPUTE)
-            loss = summed_loss(engine, part, self._eos_id) / targets
+            loss = self._loss(engine, part) / targets
             probe = self._probe()
             engine.probe_gradients(probe)
             engine.backward(loss, scale_wrt_gas=False)
@@ -166,7 +166,7 @@ class EngineBackend:
         return differing_units(self.engine.sharded)
 
     def evaluate(self, samples: Tensor, micro_batch: int) -> Evaluation:
-        return self.engine.evaluate(samples, micro_batch, self._eos_id, self.must_stop)
+        return self.engine.evaluate(samples, micro_batch, self._loss, self.must_stop)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write ``folder/tag`` and name it the latest. Collective.
@@ -239,7 +239,7 @@ class SimulationBackend:
             dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
             device=device,
             attn_implementation=run.model.attn_implementation,
-            eos_id=inputs.eos_id,
+            loss=inputs.loss,
             residual_scale=run.sdp.residual_scale,
         )
         self._device = device

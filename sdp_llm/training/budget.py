@@ -36,6 +36,7 @@ def run_size(
         dtype=torch.bfloat16 if run.bf16.enabled else torch.float32,
         max_unit_numel=min(zero.reduce_bucket_size, zero.allgather_bucket_size),
         document_mask=run.data is not None and run.data.document_mask,
+        loss_chunk=run.training.loss_chunk,
     )
     backend = backend or ("nccl" if device_type() == "cuda" else "gloo")
     return size, setup_from_config(run, batch.accumulation, backend)

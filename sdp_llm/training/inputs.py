@@ -12,8 +12,10 @@ from transformers import PretrainedConfig
 from sdp_llm.config import BatchSizes, RunConfig, check_warmup, require_pretraining, resolve_batch
 from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
+from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.plan import Schedule
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
+from sdp_llm.subnetwork.cheap import cheap_model
 from sdp_llm.subnetwork.measure import load_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained
 from sdp_llm.tokenizer import read_tokenizer
@@ -30,17 +32,14 @@ from sdp_llm.training.documents import separator
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run config names: its model's config, its phases and its data.
-
-    ``eos_id`` ends every document, where the config keeps documents apart; otherwise None.
-    """
+    """What a run config names: its model's config, its phases, its data and its loss."""
 
     model: PretrainedConfig
     schedule: Schedule
     batch: BatchSizes
     train: TrainingData
     validation: PackedDataset | None
-    eos_id: int | None = None
+    loss: NextTokenLoss = summed_loss
 
 
 def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
@@ -81,8 +80,11 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
         check_tokenizer_of(corpora, run.data.tokenizer)
     eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
+    loss = NextTokenLoss(eos_id, run.training.loss_chunk)
+    if loss.chunk is not None:
+        loss.check(cheap_model(model, run.model.attn_implementation)[0])
     check_memory(run, model, batch, schedule)
-    return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), eos_id)
+    return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), loss)
 
 
 def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.loss import NextTokenLoss
 from sdp_llm.plan import make_plan
 from sdp_llm.simulation import Simulation
 from tests.distributed.pool import Pool
 from tests.distributed.tiny import Case, batch, build, llama, my_slice
 
 EOS = 2
+LOSSES = (NextTokenLoss(EOS), NextTokenLoss())
 
 
 def evaluate(case: Case) -> list[Evaluation]:
     """Run on a rank: the loss of the initial model with documents apart, and across them."""
     engine = build(case)
-    return [engine.evaluate(my_slice(0, EOS), 2, eos_id) for eos_id in (EOS, None)]
+    return [engine.evaluate(my_slice(0, EOS), 2, loss) for loss in LOSSES]
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
@@ -31,8 +33,7 @@ def test_the_whole_models_loss_keeps_documents_apart(
     make: Any = torch.optim.SGD
     tokens = batch(0, 4, EOS)
     apart, across = (
-        Simulation(llama(), plan, make, seed=7, eos_id=eos_id).evaluate([tokens])
-        for eos_id in (EOS, None)
+        Simulation(llama(), plan, make, seed=7, loss=loss).evaluate([tokens]) for loss in LOSSES
     )
     assert abs(apart - across) > 1e-4
     for results in pools(4).run(evaluate, Case(masking=masking)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdp_llm.config import parse_config
+from sdp_llm.loss import NextTokenLoss
 from sdp_llm.plan import Plan, schedule_from_config
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import assembled, distance, to_numpy, whole
@@ -31,7 +32,7 @@ def _simulation(case: Case, plan: Plan) -> Simulation:
         seed=7,
         max_norm=case.clip,
         dtype=torch.bfloat16 if case.is_bf16 else torch.float32,
-        eos_id=case.eos_id,
+        loss=NextTokenLoss(case.eos_id),  # never in pieces
         residual_scale=case.residual_scale,
     )
 
@@ -89,6 +90,7 @@ CASES += [
     Case(4, "backward", 2, owners_per_block=3, accumulation=3),
     Case(2, "forward", 2, owners_per_block=1, accumulation=3),
     Case(2, "backward", 1, owners_per_block=1, accumulation=3),
+    Case(loss_chunk=5, is_tied=True, accumulation=3),
 ]
 MORE_CASES = [
     Case(4, masking, stage, 2, accumulation, is_tied)
@@ -122,6 +124,7 @@ CASES += [
     Case(clip=0.0),
     Case(extra=(("model", {"config": "given", "gradient_checkpointing": True}),)),
     Case(eos_id=2, accumulation=3),
+    Case(loss_chunk=7, masking="backward", eos_id=2, stage=1),
     Case(stage=0, owners_per_block=4),
     Case(optimizer="SGD"),
     Case(optimizer="RMSprop", stage=1),

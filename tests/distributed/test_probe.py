@@ -30,7 +30,7 @@ def probed(case: Case) -> Results:
         is_last = i + 1 == len(parts)
         probe = GradientProbe(engine.sharded)
         engine.probe_gradients(probe if is_last else None)
-        loss = summed_loss(engine, part, None) / target_count(mine)
+        loss = summed_loss(engine, part) / target_count(mine)
         engine.backward(loss, scale_wrt_gas=False)
         if not is_last:
             engine.step()
@@ -51,7 +51,7 @@ def own_gradients(case: Case, plan: Plan) -> list[dict[str, Tensor]]:
         with simulation.worker(rank):
             # At stage 2 every micro-batch is reduced by itself.
             for part in parts[-1:] if case.stage == 2 else parts:
-                (summed_loss(simulation.model, part, None) / target_count(samples)).backward()
+                (summed_loss(simulation.model, part) / target_count(samples)).backward()
         found.append(
             {
                 name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -103,7 +103,7 @@ def probed_and_not(case: Case) -> bool:
         for step in range(2):
             probe = GradientProbe(engine.sharded)
             engine.probe_gradients(probe if must_probe and step == 0 else None)
-            loss = summed_loss(engine, my_slice(step), None) / target_count(my_slice(step))
+            loss = summed_loss(engine, my_slice(step)) / target_count(my_slice(step))
             engine.backward(loss, scale_wrt_gas=False)
             norms = [norm for norm, _ in probe.results().values()]
             engine.step()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from sdp_llm.engine import SDPEngine
 from sdp_llm.initialization import initialize
-from sdp_llm.loss import summed_loss, target_count
+from sdp_llm.loss import NextTokenLoss, summed_loss, target_count
 from sdp_llm.sharding.unit import Unit
 
 VOCABULARY = 96
@@ -38,6 +38,7 @@ class Case:
     optimizer: str = "AdamW"
     clip: float = 0.5
     eos_id: int | None = None
+    loss_chunk: int | None = None
     residual_scale: str = "none"
     extra: tuple[tuple[str, Any], ...] = ()
 
@@ -48,6 +49,10 @@ class Case:
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
+
+    @property
+    def loss(self) -> NextTokenLoss:
+        return NextTokenLoss(self.eos_id, self.loss_chunk)
 
     @property
     def optimizer_params(self) -> dict[str, Any]:
@@ -123,15 +128,15 @@ def my_slice(step: int, eos_id: int | None = None) -> torch.Tensor:
     return batch(step, dist.get_world_size(), eos_id).chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def forward_backward(engine: SDPEngine, step: int, eos_id: int | None = None) -> float:
+def forward_backward(engine: SDPEngine, step: int, loss: NextTokenLoss = summed_loss) -> float:
     """The passes of one step on this rank's slice, up to where ``engine.step()`` is due."""
-    mine = my_slice(step, eos_id)
+    mine = my_slice(step, loss.eos_id)
     parts = mine.chunk(engine.gradient_accumulation_steps())
     total = 0.0
     for i, part in enumerate(parts):
-        loss = summed_loss(engine, part, eos_id) / target_count(mine)
-        engine.backward(loss, scale_wrt_gas=False)
-        total += loss.item()
+        mean = loss(engine, part) / target_count(mine)
+        engine.backward(mean, scale_wrt_gas=False)
+        total += mean.item()
         if i + 1 < len(parts):
             engine.step()
     return total
@@ -170,7 +175,7 @@ def train(case: Case, steps: int) -> list[dict[str, Any]]:
     for step in range(steps):
         entry: dict[str, Any] = {"weights": weights(engine)}
         entry["masters"] = masters(engine.sharded.owned)
-        entry["loss"] = forward_backward(engine, step, case.eos_id)
+        entry["loss"] = forward_backward(engine, step, case.loss)
         entry["gradients"] = gradients(engine.sharded.owned)
         engine.step()
         entry["norm"] = engine.get_global_grad_norm()

@@ -19,7 +19,6 @@ from torch import Tensor
 from sdp_llm.config import load_config
 from sdp_llm.data.sampler import samples_at
 from sdp_llm.errors import TrainingStopped
-from sdp_llm.training import backends
 from sdp_llm.training.backends import EngineBackend, Step
 from sdp_llm.training.inputs import load_inputs
 from sdp_llm.training.run_folder import RunFolder
@@ -64,13 +63,13 @@ class Unlucky(EngineBackend):
         if fate == "flip":
             self.engine.sharded.units[0].flat[:1].view(torch.int32).bitwise_xor_(1)
             # In fp32 the masters are views of the weights.
-        summed_loss = backends.summed_loss
+        loss = self._loss
         if fate in LOSSES:
-            backends.summed_loss = lambda *args: LOSSES[fate](summed_loss(*args))
+            self._loss = lambda *args: LOSSES[fate](loss(*args))
         try:
             return super().step(tokens)
         finally:
-            backends.summed_loss = summed_loss
+            self._loss = loss
 
 
 def job(config: str, overrides: list[str], fate: Mapping[int, str]) -> Outcome:

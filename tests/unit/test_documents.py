@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sdp_llm.config import DataConfig
 from sdp_llm.data import IndexedDataset, IndexedDatasetWriter, PackedDataset
 from sdp_llm.errors import ConfigError
-from sdp_llm.loss import document_positions, summed_loss
+from sdp_llm.loss import NextTokenLoss, document_positions, summed_loss
 from sdp_llm.subnetwork import packing
 from sdp_llm.subnetwork.measure import load_model_config, model_size, saved_bytes
 from sdp_llm.subnetwork.packing import check_documents_apart
@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_of_documents_alone(family: str, checkpoint
     targets = torch.randint(0, 96, (3, 1), generator=torch.Generator().manual_seed(6))
     tokens = torch.cat([ids, targets], 1)
 
-    loss = summed_loss(model, tokens, EOS)
+    loss = NextTokenLoss(EOS)(model, tokens)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -189,7 +189,7 @@ def test_the_mask_counts_among_the_activations() -> None:
     tokens = torch.zeros(2, 33, dtype=torch.int64)
     for document_mask in (False, True):
         size = model_size(config, 2, 32, document_mask=document_mask)
-        real = saved_bytes(model, tokens, 0 if document_mask else None)
+        real = saved_bytes(model, tokens, NextTokenLoss(0 if document_mask else None))
         predicted = size.shared_activations + sum(block.activations for block in size.blocks)
         assert predicted == real.shared + sum(real.blocks.values())
     assert predicted > model_size(config, 2, 32).shared_activations + sum(

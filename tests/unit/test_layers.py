@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "activity", "processes"),
     ("config", "launched", "versions", "tokenizer"),
-    ("plan", "data", "cli", "rendezvous"),
+    ("plan", "data", "cli", "rendezvous", "chunked_head"),
     ("loss", "optim", "agree", "distributed", "answers", "unsupported"),
     ("subnetwork",),
     ("sharding", "simulation"),

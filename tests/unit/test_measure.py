@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from sdp_llm.errors import ConfigError
+from sdp_llm.loss import NextTokenLoss
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
 from sdp_llm.subnetwork.measure import load_model_config, model_size, saved_bytes
 from tests.conftest import ROOT
@@ -57,6 +58,20 @@ def test_activations_are_what_a_real_forward_saves(
     predicted = size.shared_activations + sum(block.activations for block in size.blocks)
     assert predicted == pytest.approx(real.shared + sum(real.blocks.values()), rel=0.01)
     assert size.blocks[-1].activations == pytest.approx(real.blocks[layers - 1], rel=0.01)
+
+
+def test_a_loss_in_pieces_saves_no_logits() -> None:
+    config = _config("10m", 4)
+    tokens, dtype = torch.randint(0, 100, (2, 65)), torch.bfloat16
+    whole, pieces = (model_size(config, 2, 64, dtype=dtype, loss_chunk=c) for c in (None, 32))
+    real = saved_bytes(_real(config, dtype, False), tokens, NextTokenLoss(chunk=32))
+    predicted = pieces.shared_activations + sum(block.activations for block in pieces.blocks)
+    assert predicted == pytest.approx(real.shared + sum(real.blocks.values()), rel=0.01)
+    assert pieces.blocks == whole.blocks
+    logits = 2 * 64 * config.vocab_size * 4
+    gradient = config.vocab_size * config.hidden_size * 2  # of the head, until it is collected
+    saved = whole.shared_activations - pieces.shared_activations
+    assert saved - (logits - gradient) == pytest.approx(0, abs=2 * 64 * 16)  # the targets
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
