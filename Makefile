@@ -81,6 +81,7 @@ bench: $(VENV)/.plots
 	$(BIN)/python benchmarks/compare.py --model $(MODELS)60m.json --output docs/results/compare_60m.json
 	$(BIN)/python benchmarks/scaling.py --model $(MODELS)10m.json --output docs/results/scaling.json
 	$(BIN)/python benchmarks/memory.py --model $(MODELS)60m.json --bf16 --output docs/results/memory_60m.json
+	$(BIN)/python benchmarks/loss_chunk.py --model $(MODELS)134m.json --output docs/results/loss_chunk_134m.json
 	$(BIN)/python benchmarks/traffic.py --model $(MODELS)60m.json --bf16 --accumulation 1 2 --output docs/results/traffic_60m.json
 	$(BIN)/python benchmarks/checkpoints.py --model $(MODELS)134m.json --output docs/results/checkpoints_134m.json
 

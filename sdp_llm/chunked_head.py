@@ -34,22 +34,17 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_gradients: bool
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_gradient = torch.empty_like(hidden) if with_gradients else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.t()).float()
-            target = targets[rows, None]
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
-            if hidden_gradient is not None and weight_gradient is not None:
-                # The gradient of the logits: probabilities, less 1 at the target.
-                gradient = logits.sub_(normalizer).exp_()
-                gradient.scatter_add_(1, target, -torch.ones_like(normalizer))
-                gradient = gradient.to(weight.dtype)
+            loss, gradient = _piece(hidden[rows], weight, targets[rows, None])
+            total += loss
+            if with_gradients:
                 hidden_gradient[rows] = gradient @ weight
                 weight_gradient += gradient.t() @ hidden[rows]
-        if hidden_gradient is not None and weight_gradient is not None:
+            del gradient  # before the next one is made
+        if with_gradients:
             ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
         return total
 
@@ -58,3 +53,17 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0]
         return hidden_gradient * scale, weight_gradient * scale, None, None, None
+
+
+def _piece(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a few tokens, and its gradient with respect to their logits.
+
+    All in place: the fp32 logits become their exponentials, then the probabilities.
+    """
+    logits = (hidden @ weight.t()).float()
+    largest = logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, targets)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    loss = (total.log() + largest - chosen).sum()
+    gradient = logits.div_(total).scatter_add_(1, targets, -torch.ones_like(total))
+    return loss, gradient.to(weight.dtype)

@@ -186,7 +186,7 @@ def _owners(plan: Plan, unit: UnitSize) -> Sequence[int]:
 
 
 def _activations(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> int:
-    total = size.shared_activations + size.recomputed_activations
+    total = size.shared_activations + size.passing_activations
     for b, block in enumerate(size.blocks):
         if plan.owns(rank, b):
             total += block.activations

@@ -26,7 +26,7 @@ def peer_cost(size: ModelSize, world_size: int, setup: CostSetup, peer: str) -> 
     """
     check_peer(peer)
     weights, gradients, optimizer = _state_per_parameter(world_size, setup, peer)
-    activations = size.shared_activations + size.recomputed_activations
+    activations = size.shared_activations + size.passing_activations
     memory = MemoryCost(
         weights=round(weights * size.numel),
         gradients=round(gradients * size.numel),

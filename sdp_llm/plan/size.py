@@ -49,6 +49,8 @@ class ModelSize:
         micro_batch: samples per rank and forward pass.
         shared_activations: bytes that autograd saves outside the blocks in one micro-batch.
         recomputed_activations: bytes that come on top while a checkpointed block is recomputed.
+        loss_activations: bytes that come on top while the loss and the gradient of the logits are
+            computed; all activations are there then.
     """
 
     units: tuple[UnitSize, ...]
@@ -59,6 +61,12 @@ class ModelSize:
     micro_batch: int
     shared_activations: int = 0
     recomputed_activations: int = 0
+    loss_activations: int = 0
+
+    @property
+    def passing_activations(self) -> int:
+        """The most bytes that come on top of what autograd saves, at one moment or another."""
+        return max(self.recomputed_activations, self.loss_activations)
 
     @property
     def numel(self) -> int:

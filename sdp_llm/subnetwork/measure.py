@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import NextTokenLoss, summed_loss
-from sdp_llm.plan.size import BlockSize, ModelSize, UnitSize
+from sdp_llm.plan.size import FP32_BYTES, BlockSize, ModelSize, UnitSize
 from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
@@ -125,6 +125,9 @@ def model_size(
         micro_batch=micro_batch,
         shared_activations=shared,
         recomputed_activations=recomputed,
+        loss_activations=_loss_activations(
+            model, micro_batch * sequence_length, dtype.itemsize, loss_chunk
+        ),
     )
 
 
@@ -172,6 +175,26 @@ def saved_bytes(
             hook.remove()
     by_block = {b: counts[b] for b in range(len(blocks))}
     return SavedBytes(counts["embedding"] + counts["head"], counts["head"], by_block)
+
+
+def _loss_activations(
+    model: PreTrainedModel, tokens: int, weight_bytes: int, chunk: int | None
+) -> int:
+    """Bytes beside those that autograd saves, when the loss needs most.
+
+    At once, two fp32 gradients of the size of the logits: of the log-probabilities, which are
+    saved, and of the logits. In pieces, either the logits of one in fp32 and in the type of the
+    weights, or its contribution to the gradient of the head, which is summed in fp32 and saved in
+    the type of the weights.
+    """
+    ids, width = model.get_output_embeddings().weight.shape
+    if chunk is None:
+        return 2 * FP32_BYTES * tokens * ids
+    logits, head = min(chunk, tokens) * ids, ids * width
+    copy = 0 if weight_bytes == FP32_BYTES else weight_bytes
+    making = (FP32_BYTES + copy) * logits + (FP32_BYTES - weight_bytes) * head
+    adding = weight_bytes * logits + FP32_BYTES * head
+    return max(making, adding)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -58,6 +58,8 @@ def _line(
 def _advice(run: RunConfig, inputs: Inputs) -> str:
     """What would need less, first what costs least."""
     possible = []
+    if run.training.loss_chunk is None:
+        possible.append("training.loss_chunk = 1024")
     if run.zero_optimization.stage < 2:
         possible.append("zero_optimization.stage = 2")
     if inputs.batch.micro_batch > 1:

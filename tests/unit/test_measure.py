@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
+from benchmarks.allocations import AllocationTracker
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import NextTokenLoss
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
@@ -72,6 +73,20 @@ def test_a_loss_in_pieces_saves_no_logits() -> None:
     gradient = config.vocab_size * config.hidden_size * 2  # of the head, until it is collected
     saved = whole.shared_activations - pieces.shared_activations
     assert saved - (logits - gradient) == pytest.approx(0, abs=2 * 64 * 16)  # the targets
+
+
+@pytest.mark.parametrize("chunk", [None, 8, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_while_the_loss_is_computed(dtype: torch.dtype, chunk: int | None) -> None:
+    """What torch allocates, in a model whose blocks are small beside its logits."""
+    config = _tiny(vocab_size=8000)
+    size = model_size(config, 2, 64, dtype=dtype, loss_chunk=chunk)
+    model = _real(config, dtype, False)
+    with AllocationTracker() as tracker:
+        NextTokenLoss(chunk=chunk)(model, torch.randint(0, 100, (2, 65))).backward()
+    predicted = size.shared_activations + sum(block.activations for block in size.blocks)
+    predicted += size.passing_activations
+    assert tracker.total_peak == pytest.approx(predicted, rel=0.02)
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])

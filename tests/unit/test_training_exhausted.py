@@ -43,7 +43,7 @@ def test_the_line_has_what_is_predicted_and_what_would_need_less() -> None:
         "step 5: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); predicted are "
         f"{memory.total / GIB:.1f} GiB: model state {memory.model_state / GIB:.1f}, transient "
         f"{memory.transient / GIB:.2f}, activations {memory.activations / GIB:.2f}; what needs "
-        "less, first what costs least: zero_optimization.stage = 2, "
+        "less, first what costs least: training.loss_chunk = 1024, zero_optimization.stage = 2, "
         "train_micro_batch_size_per_gpu < 8, model.gradient_checkpointing = true, a lower "
         "sdp.coverage"
     )
