@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ LOSSES = (NextTokenLoss(EOS), NextTokenLoss())
 
 
 def evaluate(case: Case) -> list[Evaluation]:
-    """Run on a rank: the loss of the initial model with documents apart, and across them."""
+    """Run on a rank: the loss with documents apart and across them, at once and in pieces."""
     engine = build(case)
-    return [engine.evaluate(my_slice(0, EOS), 2, loss) for loss in LOSSES]
+    losses = [replace(loss, chunk=chunk) for chunk in (None, 5) for loss in LOSSES]
+    return [engine.evaluate(my_slice(0, EOS), 2, loss) for loss in losses]
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
@@ -37,4 +39,4 @@ def test_the_whole_models_loss_keeps_documents_apart(
     )
     assert abs(apart - across) > 1e-4
     for results in pools(4).run(evaluate, Case(masking=masking)):
-        assert [r.loss for r in results] == pytest.approx([apart, across], abs=1e-6)
+        assert [r.loss for r in results] == pytest.approx([apart, across] * 2, abs=1e-6)

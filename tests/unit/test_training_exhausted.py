@@ -52,6 +52,7 @@ def test_the_line_has_what_is_predicted_and_what_would_need_less() -> None:
 def test_what_is_done_already_is_no_advice() -> None:
     config = {
         "zero_optimization": {"stage": 2},
+        "training": {"loss_chunk": 512},
         "model": {"config": "model.json", "gradient_checkpointing": True},
     }
     said = line(config, ConfigError("a model of experts"), micro_batch=1)

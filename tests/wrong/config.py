@@ -35,14 +35,16 @@ def path(name: str, make: Callable[[Path], None], *words: str) -> Wrong:
     return Wrong("config", name, provoke, ("{folder}/unreadable.json", *words))
 
 
-def model(name: str, changes: dict[str, object], *words: str) -> Wrong:
-    """A HuggingFace config with these changes."""
+def model(
+    name: str, changes: dict[str, object], *words: str, overrides: tuple[str, ...] = ()
+) -> Wrong:
+    """A HuggingFace config with these changes, in a run config with these overrides."""
 
     def provoke(scene: Scene) -> None:
         write_model(scene.folder / "model", **changes)
         never = f"training.run_dir={scene.folder / 'never'}"
         where = f"model.config={scene.folder / 'model'}"
-        check(scene.tiny.config, [where, never], world_size=2)
+        check(scene.tiny.config, [where, never, *overrides], world_size=2)
 
     return Wrong("config", name, provoke, words)
 
@@ -183,6 +185,12 @@ CASES = [
         "num_hidden_layers = 0: must be at least 1",
     ),
     model("an activation nobody knows", {"hidden_act": "sillu"}, "model.config", "sillu"),
+    model(
+        "logits that change after the head",
+        {"model_type": "granite", "logits_scaling": 8.0},
+        *("training.loss_chunk = 4: the model changes what its head returns", "set it to null"),
+        overrides=("training.loss_chunk=4",),
+    ),
     run(
         "config",
         "attention that is not installed",
