@@ -65,7 +65,7 @@ def run_report(
         _memory_table(costs, f"rank in phase {cost.most + 1}" if are_several else "rank"),
         *([] if memory_limit_gib is None else [_limit_line(cost, memory_limit_gib)]),
         _step_table(costs, "one rank, mean of the steps" if are_several else "one rank"),
-        "\n".join(textwrap.wrap(_assumptions(schedule, setup), WIDTH)),
+        "\n".join(textwrap.wrap(_assumptions(schedule, size, setup), WIDTH)),
     ]
     return "\n\n".join(parts)
 
@@ -193,15 +193,22 @@ def _step_table(costs: dict[str, Cost], whose: str) -> str:
     return table(f"traffic and compute of {whose}", names, rows)
 
 
-def _assumptions(schedule: Schedule, setup: CostSetup) -> str:
+def _assumptions(schedule: Schedule, size: ModelSize, setup: CostSetup) -> str:
     moves = ""
     if len(schedule.phases) > 1 or schedule.phases[0].rotate_every:
         moves = " What ranks send when the plan changes is counted, spread over the steps."
     moments = f"{setup.moment_bytes} bytes of moments per parameter"
+    loss = ""
+    if size.loss_activations > size.recomputed_activations:
+        unit, divisor = unit_for(size.loss_activations)
+        loss = (
+            f" Activations include {number(size.loss_activations / divisor)} {unit} that the loss "
+            "needs while it is computed (training.loss_chunk)."
+        )
     return (
         f"Predicted for all columns with fp32 gradients, {moments}, the same batch and, on "
         f"{setup.backend}, buffers in transit at their largest. The total adds peaks that need not "
         "coincide. FLOPs are forward and backward, attention counted in full (not halved for its "
         "causal mask). DDP and ZeRO are predicted at their best: least possible traffic, buffers "
-        f"no larger than needed.{moves}"
+        f"no larger than needed.{loss}{moves}"
     )
