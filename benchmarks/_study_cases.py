@@ -21,6 +21,7 @@ from sdp_llm.subnetwork.measure import model_size
 WORLD_SIZE = 8
 SEQUENCE_LENGTH = 256
 VOCABULARY = 2048
+LOSS_CHUNK = 64  # tokens, in the closed forms
 VALIDATIONS = 5  # in a run
 FIRST_SEED = 1234
 INITIALIZER_RANGE = 0.02  # transformers' default
@@ -68,8 +69,11 @@ class Model:
 
 @cache
 def size_of(model: Model) -> ModelSize:
-    """What the closed forms take, for one sample per worker and micro-batch."""
-    return model_size(model.config(), 1, SEQUENCE_LENGTH)
+    """What the closed forms take, for one sample per worker and micro-batch.
+
+    The loss counts in pieces, as in the configs: otherwise the logits would be most of the memory.
+    """
+    return model_size(model.config(), 1, SEQUENCE_LENGTH, loss_chunk=LOSS_CHUNK)
 
 
 def explicit(*free: str) -> dict[str, Any]:
