@@ -77,11 +77,13 @@ class Simulation:
         self.residual_scale = ResidualScale(residual_scale, self.model, plan, masking)
         self.masters: dict[str, nn.Parameter] = {}
         pretrained = None if init_from is None else open_pretrained(init_from, self.model)
+        folds = self.residual_scale.folds()
         for unit in self.layout.units:
             if pretrained is None:
                 values = initialize_unit(self.model, unit.parameters, self.layout.aliases, seed)
             else:
                 values = {spec.name: pretrained.read(spec.name) for spec in unit.parameters}
+                values |= {n: folds[n].undo(v) for n, v in values.items() if n in folds}
             self.masters |= {name: nn.Parameter(v.to(device)) for name, v in values.items()}
         weights = {name: master.detach().to(dtype) for name, master in self.masters.items()}
         bind(self.model, weights, self.layout.aliases)

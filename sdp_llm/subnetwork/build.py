@@ -123,13 +123,17 @@ def initial_values(
     :returns: the pieces of a unit (one, unless it was split) and its values by global name.
     """
     model, aliases = subnetwork.model, subnetwork.layout.aliases
+    is_given = subnetwork.given is not None or subnetwork.pretrained is not None
+    folds = subnetwork.residual_scale.folds() if is_given else {}
     for pieces in unsplit(subnetwork.layout):
         if not subnetwork.holds(pieces[0]):
             continue
         specs = [spec for unit in pieces for spec in unit.parameters]
         if subnetwork.given is not None:
-            yield pieces, {s.name: subnetwork.given.pop(s.name).float().cpu() for s in specs}
+            values = {s.name: subnetwork.given.pop(s.name).float().cpu() for s in specs}
         elif subnetwork.pretrained is not None:
-            yield pieces, {s.name: subnetwork.pretrained.read(s.name) for s in specs}
+            values = {s.name: subnetwork.pretrained.read(s.name) for s in specs}
         else:
-            yield pieces, initialize_unit(model, specs, aliases, seed)
+            values = initialize_unit(model, specs, aliases, seed)
+        values |= {name: folds[name].undo(v) for name, v in values.items() if name in folds}
+        yield pieces, values

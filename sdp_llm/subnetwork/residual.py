@@ -4,8 +4,10 @@ A subnetwork lacks blocks that the whole model has, so fewer of them add to its 
 With the owner share ``s_b = p_b / n`` of a block, ``sdp.residual_scale`` "inverse_coverage"
 multiplies what the block adds in a subnetwork by ``1 / s_b`` and leaves the whole model as it is,
 as inverted dropout does; "eval" leaves the subnetworks as they are and multiplies by ``s_b`` in the
-whole model. Nothing is multiplied where ``s_b`` is 1, or with backward masking, where every rank
-runs every block.
+whole model. A model that training starts from is taken for the whole one: what "eval" will multiply
+is divided as it is read, so that the whole model is at first what was given, also when it is an
+export that the scale was folded into. Nothing is multiplied where ``s_b`` is 1, or with backward
+masking, where every rank runs every block.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ class Fold:
     def __call__(self, value: Tensor) -> Tensor:
         """The new value, in fp32, of the parameter or of any part of it."""
         return value.float() * self.factor + self.offset * (self.factor - 1)
+
+    def undo(self, value: Tensor) -> Tensor:
+        """The value, in fp32, that becomes ``value``."""
+        return (value.float() - self.offset * (self.factor - 1)) / self.factor
 
 
 def running_shares(

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sdp_llm.checkpoint.convert import export_checkpoint
 from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.initialization import initialize
+from sdp_llm.loss import summed_loss, target_count
 from sdp_llm.plan import make_plan
 from sdp_llm.simulation import Simulation
 from tests.distributed.compare import whole
@@ -114,6 +115,41 @@ def test_exports_are_the_scaled_whole_model(family: str, pools: Pools, tmp_path:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     unscaled = simulation.model(input_ids=tokens).logits
     assert not torch.allclose(unscaled, expected, atol=1e-4), "the scale makes a difference"
+
+
+def start_and_export(case: Case, source: str, folder: str) -> float:
+    """Run on a rank: the loss of the whole model before the first step, and its export."""
+    model = {"init_from": source, "attn_implementation": "eager"}
+    engine = initialize(AutoConfig.from_pretrained(source), run_config(case) | {"model": model})[0]
+    engine.save_pretrained(folder)
+    return engine.evaluate(my_slice(1), micro_batch=2).loss
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_run_starts_with_the_whole_model_it_was_given(
+    family: str, pools: Pools, tmp_path: Path
+) -> None:
+    """Also where that is an export, into which the scale is folded."""
+    case, source, tokens = Case(residual_scale="eval"), tmp_path / "model", batch(1, 4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(family), attn_implementation="eager").eval()
+    model.save_pretrained(source)
+    with torch.no_grad():
+        expected = summed_loss(model, tokens).item() / target_count(tokens)
+    losses = pools(4).run(start_and_export, case, str(source), str(tmp_path / "export"))
+    assert losses == pytest.approx([expected] * 4, abs=1e-5)
+    written = exported(tmp_path / "export")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(written[name], parameter, rtol=1e-6, atol=1e-7)
+    simulation = Simulation(
+        _config(family),
+        make_plan(4, _config(family).num_hidden_layers, owners_per_block=2),
+        lambda groups: torch.optim.SGD(groups, 0.1),
+        init_from=str(source),
+        attn_implementation="eager",
+        residual_scale="eval",
+    )
+    assert simulation.evaluate([tokens]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
