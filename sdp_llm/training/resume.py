@@ -13,8 +13,9 @@ from sdp_llm.checkpoint.save import MANIFEST
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
-from sdp_llm.plan import Schedule
+from sdp_llm.plan import Plan, Schedule
 from sdp_llm.plan.schedule import phase_stops
+from sdp_llm.subnetwork.residual import running_shares
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.checkpoints import steps_in, tag_of
 from sdp_llm.training.inputs import Inputs
@@ -138,10 +139,27 @@ def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int
                 effect = "the schedulers of torch keep the checkpoint's"
             if effect:
                 yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
+    if run.sdp.residual_scale == before.get("sdp.residual_scale") == "eval":
+        yield from _other_shares(saved["plan"], *inputs.schedule.at(step))
     budget_before = trainer["total_steps"]
     has_changed = before.get("sdp.schedule") != after.get("sdp.schedule")
     if len(inputs.schedule.phases) > 1 and (has_changed or budget_before != total_steps):
         yield _phases_line(run, inputs.schedule, step, None if has_changed else budget_before)
+
+
+def _other_shares(saved: Mapping[str, Any], plan: Plan, masking: str) -> Iterator[str]:
+    """What changes in the whole model when a block has another share of the ranks than before."""
+    shares = (
+        running_shares(saved["world_size"], saved["owners"], saved["masking"]),
+        running_shares(plan.world_size, plan.owner_sets, masking),
+    )
+    differing = [(b, *pair) for b, pair in enumerate(zip(*shares, strict=True)) if len({*pair}) > 1]
+    if differing:
+        b, was, now = differing[0]
+        yield (
+            f"warning: block {b} runs on {was:.0%} of the ranks before, {now:.0%} now: with "
+            'sdp.residual_scale = "eval" the whole model multiplies it by that, and jumps'
+        )
 
 
 def _is_torchs(run: RunConfig) -> bool:

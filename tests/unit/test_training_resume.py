@@ -30,9 +30,10 @@ def prepared(
 def said(before: tuple[RunConfig, Inputs], now: tuple[RunConfig, Inputs], step: int) -> list[str]:
     """What is said when a run of ``before`` goes on as ``now`` after ``step`` steps."""
     run, inputs = before
+    plan, masking = inputs.schedule.at(step)
     state = {
         "client_state": {"global_batch": 8, "total_steps": inputs.schedule.total_steps},
-        "plan": {"world_size": 4},
+        "plan": {"world_size": 4, "owners": plan.owner_sets, "masking": masking},
         "config": to_dict(run),
     }
     return list(_changes(state, *now, step))
@@ -77,6 +78,17 @@ def test_another_residual_scale_is_a_warning() -> None:
         "warning: sdp.residual_scale = none before, eval now: the weights were trained with the "
         "one before"
     ]
+
+
+def test_other_shares_are_a_warning_where_the_whole_model_hangs_on_them() -> None:
+    def changed(scale: str, **now: Any) -> list[str]:
+        sdp = {"residual_scale": scale}
+        return said(prepared(100, None, sdp=sdp), prepared(100, None, sdp=sdp | now), 60)
+
+    assert changed("eval") == []
+    assert changed("none", coverage="3/4") == []
+    [warning] = changed("eval", coverage="3/4")
+    assert warning.startswith("warning: block 1 runs on 50% of the ranks before, 75% now: with sdp")
 
 
 @pytest.mark.parametrize(
