@@ -30,8 +30,14 @@ from sdp_llm.config import (
     to_dict,
 )
 from sdp_llm.errors import ConfigError
+from sdp_llm.plan import plan_from_config
+from sdp_llm.plan.cost import steps_for_dense_flops
+from sdp_llm.plan.peers import dense_flops_per_token
+from sdp_llm.plan.size import CostSetup
+from sdp_llm.subnetwork.measure import load_model_config, model_size
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 # By name: what the study calls the same (docs/study.md).
 PRESETS = {
     "memory": "forward 1/4, scale eval",
@@ -331,3 +337,27 @@ def test_presets_have_the_budget_of_the_dense_twin_and_a_schedule_of_the_study(n
     for config in (preset, dense):
         del config["sdp"], config["training"]["run_dir"]
     assert preset == dense
+
+
+def test_the_smaller_dense_model_has_the_depth_of_balanced_and_the_same_flops() -> None:
+    smaller, dense = (
+        json.loads((CONFIGS / f"llama_134m_{kind}.json").read_text())
+        for kind in ("smaller", "dense")
+    )
+    models = [
+        load_model_config(ROOT / config["model"].pop("config")) for config in (smaller, dense)
+    ]
+    plan = plan_from_config(load_config(CONFIGS / "llama_134m_balanced.json").sdp, 8, 12)
+    assert models[0].num_hidden_layers == len(plan.owned_blocks(0)) == 7
+    fewer, all_blocks = (
+        dense_flops_per_token(model_size(model, 1, 1024), CostSetup()) for model in models
+    )
+    tokens = dense["train_batch_size"] * dense["data"]["sequence_length"]
+    steps = dense["training"].pop("tokens") // tokens
+    expected = steps_for_dense_flops(steps, fewer, all_blocks)
+    assert smaller["training"].pop("steps") == expected
+    for config in (smaller, dense):
+        del config["training"]["run_dir"]
+    assert smaller == dense
+    same = [{**model.to_dict(), "num_hidden_layers": 0, "layer_types": None} for model in models]
+    assert same[0] == same[1]
