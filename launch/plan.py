@@ -48,10 +48,10 @@ def show(
         raise ConfigError(f"--picture {picture}: not a .png or .svg; name one of these")
     batch = resolve_batch(config, world_size)
     # These take seconds to import; a wrong config has failed by now.
-    from sdp_llm.subnetwork.measure import load_model_config
+    from sdp_llm.subnetwork.measure import run_model_config
     from sdp_llm.training.budget import run_schedule, run_size
 
-    model = load_model_config(config.model.config)
+    model = run_model_config(config.model)
     schedule = run_schedule(config, model, batch, world_size)
     size, setup = run_size(config, model, batch, backend)
     limit = config.sdp.memory_limit_gib

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from sdp_llm.config import RunConfig, load_config
 from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
@@ -126,16 +126,33 @@ def until_checked() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def _is_unread(stream: TextIO) -> bool:
+    """Whether nobody reads the other end of the pipe any more."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def run_command(
     name: str, run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 ) -> int:
     """Run a command; wrong input becomes one line on stderr.
 
     :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 4 when another
-        rank hangs or is lost, 130 when it was interrupted.
+        rank hangs or is lost, 130 when it was interrupted, 141 when nobody reads its output (as in
+        ``| head``).
     """
     try:
         run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        # What is still in the buffer would fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except tuple(STATUS) as error:
         if arguments.debug:
             raise

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from sdp_llm.config import ModelConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.plan.size import FP32_BYTES, BlockSize, ModelSize, UnitSize
 from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
-from sdp_llm.subnetwork.stored import local_folder
+from sdp_llm.subnetwork.stored import existing_folder, local_folder
 from sdp_llm.tokenizer import said_by_transformers
 
 
@@ -65,6 +66,17 @@ def load_model_config(path: str | Path, key: str = "model.config") -> Pretrained
             "hub, which is never run; remove it from the config"
         )
     return config
+
+
+def run_model_config(model: ModelConfig) -> PretrainedConfig:
+    """The HuggingFace config that a run config names.
+
+    :raises ConfigError: as :func:`load_model_config`; where it is that of ``model.init_from``, when
+        that is not there.
+    """
+    if model.config == model.init_from:
+        existing_folder(model.init_from)
+    return load_model_config(model.config)
 
 
 def model_size(

@@ -47,6 +47,20 @@ def local_folder(source: str) -> Path | None:
         return None
 
 
+def existing_folder(source: str) -> Path:
+    """What :func:`local_folder` finds.
+
+    :raises ConfigError: when there is none.
+    """
+    folder = local_folder(source)
+    if folder is None:
+        raise ConfigError(
+            f"{named(source)}: no such folder, nor in the hub's local cache, and training fetches "
+            f"nothing; name a folder, or run before: hf download {source}"
+        )
+    return folder
+
+
 def stored_tensors(source: str) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint ``source``, by its key.
 
@@ -55,12 +69,7 @@ def stored_tensors(source: str) -> dict[str, StoredTensor]:
     :raises ConfigError: when there is no such checkpoint, a file is missing or damaged, or the
         weights are pickles or quantised.
     """
-    folder = local_folder(source)
-    if folder is None:
-        raise ConfigError(
-            f"{named(source)}: no such folder, nor in the hub's local cache, and training fetches "
-            f"nothing; name a folder, or run before: hf download {source}"
-        )
+    folder = existing_folder(source)
     found: dict[str, StoredTensor] = {}
     for file in _files(source, folder):
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from sdp_llm.config import BatchSizes, RunConfig
+from sdp_llm.config import BatchSizes, RunConfig, check_warmup
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule, schedule_from_config
 from sdp_llm.plan.cost import steps_for_dense_flops
@@ -45,14 +45,24 @@ def run_size(
 def run_schedule(
     run: RunConfig, model: PretrainedConfig, batch: BatchSizes, world_size: int
 ) -> Schedule:
-    """The phases of a run.
+    """The phases of a run, checked against the model and the budget.
 
-    :raises ConfigError: the plan of a phase is impossible, a phase comes to no step, or the config
-        has a schedule without a budget.
+    :raises ConfigError: the plan of a phase is impossible, a phase comes to no step, the config has
+        a schedule without a budget, samples are longer than the model takes, or the learning rate
+        would still warm up when the budget ends.
     """
-    depth = model.get_text_config().num_hidden_layers
+    text = model.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if run.data is not None and positions is not None and run.data.sequence_length > positions:
+        where = "" if run.model is None else f" in {run.model.config}"
+        raise ConfigError(
+            f"data.sequence_length = {run.data.sequence_length}: longer than the model's "
+            f"max_position_embeddings = {positions}{where}; use at most {positions}"
+        )
     steps = total_steps(run, model, batch, world_size) if run.training.budgets() else None
-    return schedule_from_config(run.sdp, world_size, depth, steps)
+    if run.scheduler is not None and steps is not None:
+        check_warmup(run.scheduler, steps)
+    return schedule_from_config(run.sdp, world_size, text.num_hidden_layers, steps)
 
 
 def total_steps(run: RunConfig, model: PretrainedConfig, batch: BatchSizes, world_size: int) -> int:

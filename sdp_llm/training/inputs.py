@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sdp_llm.config import BatchSizes, RunConfig, check_warmup, require_pretraining, resolve_batch
+from sdp_llm.config import BatchSizes, RunConfig, require_pretraining, resolve_batch
 from sdp_llm.data import PackedDataset, TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.plan import Schedule
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.cheap import cheap_model
-from sdp_llm.subnetwork.measure import load_model_config
+from sdp_llm.subnetwork.measure import run_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained
 from sdp_llm.tokenizer import read_tokenizer
 from sdp_llm.training.budget import check_memory, run_schedule
@@ -53,23 +53,14 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     assert run.model is not None
     assert run.data is not None
     batch = resolve_batch(run, world_size)
-    model = load_model_config(run.model.config)
+    model = run_model_config(run.model)
     text = model.get_text_config()
     # Building a model changes its config.
     whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
     model_layout(whole)
     if run.model.init_from is not None:
         open_pretrained(run.model.init_from, whole)
-    length = run.data.sequence_length
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"data.sequence_length = {length}: longer than the model's "
-            f"max_position_embeddings = {positions} in {run.model.config}; use at most {positions}"
-        )
     schedule = run_schedule(run, model, batch, world_size)
-    if run.scheduler is not None:
-        check_warmup(run.scheduler, schedule.total_steps)
     training, validation = open_training(run.data), open_validation(run.data)
     corpora = training | validation
     train = blend(run.data, list(training.values()), batch.global_batch)

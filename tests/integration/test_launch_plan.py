@@ -135,14 +135,33 @@ def test_wrong_input_is_one_line_of_the_command() -> None:
         ("4", "sdp.covrage=1/2", "sdp.covrage: unknown key"),
         ("4", "model.config=nowhere.json", "model.config = 'nowhere.json'"),
         ("4", "model=null", "model: missing"),
+        (
+            "4",
+            "model.init_from=no/model model.config=null",
+            'model.init_from = "no/model": no such',
+        ),
+        ("4", "data.sequence_length=100000", "data.sequence_length = 100000: longer than"),
+        (
+            "4",
+            "scheduler.params.warmup_num_steps=1000",
+            "scheduler.params.warmup_num_steps = 1000: longer than total_num_steps = 200",
+        ),
     ],
 )
 @pytest.mark.usefixtures("in_root")
 def test_wrong_input(
     world_size: str, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*DEMO, "--world_size", world_size, "--set", override]) == 2
+    assert main([*DEMO, "--world_size", world_size, "--set", *override.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"plan: error: {message}")
     assert len(captured.err.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_any_more_is_no_error() -> None:
+    command = f"{sys.executable} launch/plan.py --deepspeed_config configs/demo.json --world_size 4"
+    piped = ["bash", "-c", f"{command} | head -n 1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(piped, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+    assert done.returncode in (0, 141)  # 0: all was written before head had its line
