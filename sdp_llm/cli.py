@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import select
 import signal
 import sys
 import time
@@ -127,12 +128,10 @@ def until_checked() -> Iterator[None]:
 
 
 def _is_unread(stream: TextIO) -> bool:
-    """Whether nobody reads the other end of the pipe any more."""
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether it is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # errors are always reported
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def run_command(
@@ -146,7 +145,7 @@ def run_command(
     """
     try:
         run(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise

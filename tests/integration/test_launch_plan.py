@@ -87,11 +87,11 @@ def test_phases_are_rows_and_a_limit_is_checked(capsys: pytest.CaptureFixture[st
         assert sum(row[: len(cells)] == cells for row in rows) == 1
     assert ["memory", "of", "one", "rank", "in", "phase", "2,", "MiB"] in [r[:8] for r in rows]
     # One that does not fit is shown, and is an error.
-    assert main([*options, "--set", "sdp.memory_limit_gib=0.2"]) == 2
+    assert main([*options, "--set", "sdp.memory_limit_gib=0.1"]) == 2
     captured = capsys.readouterr()
     assert "DOES NOT FIT" in captured.out
     [line] = captured.err.splitlines()
-    assert line.startswith("plan: error: sdp.memory_limit_gib = 0.2: phase 2 of 2 (coverage 1,")
+    assert line.startswith("plan: error: sdp.memory_limit_gib = 0.1: phase 2 of 2 (coverage 1,")
     assert main([*options, "--set", "training.steps=null"]) == 2
     assert "sdp.schedule: phases end at shares of the budget, but" in capsys.readouterr().err
 
