@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks._study_cases import DENSE, HALF, Case
-from benchmarks._study_plan import QUESTIONS, STEPS, WIDE
+from benchmarks._study_plan import LARGER_START, QUESTIONS, STEPS, WIDE
 from benchmarks._study_results import Results
 from benchmarks._study_rows import Row, dense_of, rows_of, table
 
 # A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (
-    *("training", "steps", "loss", "gap to dense", "whole - trained", "seeds"),
+    *("training", "λ", "steps", "loss", "gap to dense", "whole - trained", "seeds"),
     *("stage 2, MiB", "sent, MiB"),
 )
 _BUDGET: Mapping[str, Callable[[Row], str]] = {
@@ -40,7 +40,9 @@ def _tables() -> dict[str, Callable[[Results], str]]:
     steps = [c for c in first if not c.is_equal_flops or c.kind == DENSE]
     smaller = [c for c in QUESTIONS[2] if c.kind == DENSE and c.dense_steps == STEPS]
     half = [c for c in QUESTIONS[8] if c.kind in (DENSE, HALF) and c.reference is None]
+    half = [c for c in half if c.model != LARGER_START]
     wide = [c for c in QUESTIONS[8] if dense_of(c).model == WIDE]
+    start = [c for c in QUESTIONS[8] if dense_of(c).model == LARGER_START]
     return {
         "flops": lambda results: _by_loss([*flops, *smaller], results),
         "steps": lambda results: _by_loss(steps, results),
@@ -48,9 +50,10 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "drops": lambda results: _by_loss(QUESTIONS[3], results),
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
         "schedules": lambda results: _by_loss(QUESTIONS[5], results),
-        "plans": lambda results: _by_loss(QUESTIONS[6], results, {"λ": lambda r: f"{r.lam:.2f}"}),
+        "plans": lambda results: _by_loss(QUESTIONS[6], results),
         "sizes": lambda results: _rows(rows_of(half, results), _MODEL),
         "wide": lambda results: _by_loss(wide, results),
+        "start": lambda results: _by_loss(start, results),
     }
 
 

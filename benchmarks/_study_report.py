@@ -22,7 +22,7 @@ _ABOUT = (
     "where it was kept. FLOPs in those of the dense base "
     "model's run. Memory of one rank and bytes that it sends in the whole run are closed forms "
     "(fp32, AdamW; state and total at ZeRO stage 0, then the total at stage 2; bytes with those of "
-    "changes of plan)."
+    "changes of plan), with the loss 64 tokens at a time. λ is that of the first phase."
 )
 
 
@@ -100,12 +100,6 @@ def _smaller(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
     name = f"question_{question}.png"
     pictures.curves(rows, folder / name)
     return [f"![loss]({name})", table(rows)]
-
-
-def _plans(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
-    name = f"question_{question}.png"
-    pictures.dots(rows, folder / name)
-    return [f"![loss]({name})", table(rows, {"λ": lambda row: f"{row.lam:.2f}"})]
 
 
 def _alignments(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
@@ -202,7 +196,6 @@ _Section = Callable[[Sequence[Row], Path, int], list[str]]
 _SECTIONS: Mapping[int, _Section] = {
     1: _budgets,
     2: _smaller,
-    6: _plans,
     7: _alignments,
     8: _trend,
 }

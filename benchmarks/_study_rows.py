@@ -23,7 +23,8 @@ class Row:
     ``gap`` is the loss minus that of the dense model with the same budget, paired by seed; None
     where there is no common seed. ``excess`` is the loss of the whole model minus the training loss
     of the last fifth of the run, which is that of the subnetworks where a rank skips blocks; None
-    where no run has it. ``cost`` is that of one rank and of the whole run.
+    where no run has it. ``cost`` is that of one rank and of the whole run; ``lam`` is λ of the
+    first phase's plan.
     """
 
     case: Case
@@ -113,6 +114,7 @@ def table(
     columns: dict[str, Callable[[Row], str]] = {
         "training": lambda row: row.label,
         **(extra or {}),
+        "λ": lambda row: f"{row.lam:.2f}" if row.case.kind != DENSE else "-",
         "steps": lambda row: f"{row.steps:,}",
         "FLOPs": lambda row: "-" if dense is None else f"{row.flops / dense:.2f}",
         "loss": lambda row: str(row.loss),
