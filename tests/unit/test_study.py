@@ -16,6 +16,7 @@ from benchmarks._study_cases import (
     DENSE,
     HALF,
     KINDS,
+    LOSS_CHUNK,
     SEQUENCE_LENGTH,
     WORLD_SIZE,
     Case,
@@ -313,15 +314,18 @@ def test_a_row_says_how_many_seeds_it_has_and_pairs_its_gap(results: Results) ->
     assert backward.gap.value == pytest.approx(half.gap.value)
     assert backward.gap.error == pytest.approx(0.0, abs=1e-9)
     lines = table([dense, half]).splitlines()
-    assert lines[2].split("|")[3].strip() == "1.00"
-    assert lines[3].split("|")[6:8] == ["               - ", "     1 "]
-    assert lines[2].split("|")[6].strip() == "+0.510"
+    assert [lines[row].split("|")[2].strip() for row in (2, 3)] == ["-", f"{half.lam:.2f}"]
+    assert lines[2].split("|")[4].strip() == "1.00"
+    assert lines[3].split("|")[7:9] == ["               - ", "     1 "]
+    assert lines[2].split("|")[7].strip() == "+0.510"
 
 
 @pytest.mark.parametrize("kind", ["forward 1/2, last 20% full", "forward 1/2, rotated every 50"])
 def test_the_cost_of_a_run_is_that_of_its_config(kind: str) -> None:
     run = Run(Case(BASE, kind, STEPS), 0.004, 1)
-    config = parse_config(run.config("data", "out"))
+    content = run.config("data", "out")
+    content["training"]["loss_chunk"] = LOSS_CHUNK
+    config = parse_config(content)
     size, setup = run_size(config, BASE.config(), resolve_batch(config, WORLD_SIZE), "nccl")
     schedule = run_schedule(run)
     assert schedule.total_steps == run.case.steps()
