@@ -24,35 +24,36 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) ->
     :param targets: ids ``[tokens]``, int64.
     :param chunk: how many tokens have logits at a time.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
-    return loss
+    if torch.is_grad_enabled():
+        loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, chunk)
+        return loss
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        total += _piece(rows, weight, target)[0]
+    return total
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            loss, gradient = _piece(hidden[rows], weight, targets[rows, None])
+            loss, gradient = _piece(hidden[rows], weight, targets[rows])
             total += loss
-            if with_gradients:
-                hidden_gradient[rows] = gradient @ weight
-                weight_gradient += gradient.t() @ hidden[rows]
+            hidden_gradient[rows] = gradient @ weight
+            weight_gradient += gradient.t() @ hidden[rows]
             del gradient  # before the next one is made
-        if with_gradients:
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0]
-        return hidden_gradient * scale, weight_gradient * scale, None, None, None
+        return hidden_gradient * scale, weight_gradient * scale, None, None
 
 
 def _piece(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +61,7 @@ def _piece(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
     All in place: the fp32 logits become their exponentials, then the probabilities.
     """
+    targets = targets[:, None]
     logits = (hidden @ weight.t()).float()
     largest = logits.amax(1, keepdim=True)
     chosen = logits.gather(1, targets)
