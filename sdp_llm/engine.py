@@ -163,6 +163,10 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeed's, with each unit's gradient averaged over its owners meanwhile."""
+        if not scale_wrt_gas:
+            # Where the loss is what forward returned, DeepSpeed's hook on it would divide it by the
+            # accumulation steps before another one tells it not to.
+            loss = loss * 1
         self.optimizer.watch(loss)
         is_last = self.is_gradient_accumulation_boundary()
         must_reduce = self.sharded.stage == 2 or is_last

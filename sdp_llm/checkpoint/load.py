@@ -142,7 +142,8 @@ class CheckpointReader:
             try:
                 stored = self._files[part.file].get_slice(part.key)
                 if not stored.get_shape():
-                    return self._files[part.file].get_tensor(part.key)
+                    # A copy: what is handed out would keep the file, and its place on the disk.
+                    return self._files[part.file].get_tensor(part.key).clone()
                 parts.append(stored[low - part.start : high - part.start])
             except (OSError, SafetensorError) as error:
                 raise _damaged(self.folder / part.file, error) from error

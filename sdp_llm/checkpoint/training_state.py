@@ -51,7 +51,7 @@ def adopt_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> N
             f"{folder}: saved without a learning-rate scheduler; pass "
             "load_lr_scheduler_states=False, or remove scheduler from the config"
         )
-    if saved.keys() - here.keys() and here.keys() - saved.keys():
+    if saved.keys() != here.keys():
         raise ConfigError(
             f"{folder}: saved with another learning-rate scheduler than "
             f"{type(scheduler).__name__}; keep scheduler.type, or pass "

@@ -194,6 +194,23 @@ def test_another_train_batch_size(pools: Pools) -> None:
         assert boundaries == [i + 1 == count for count in (3, 2, 4) for i in range(count)]
 
 
+def norms_of_the_models_own_losses() -> list[float | None]:
+    """Run on a rank: the gradient norm of three passes, averaged and summed."""
+    norms = []
+    for is_averaged in (True, False):
+        engine = build(Case(2, stage=1, accumulation=3, clip=0.0))
+        for part in my_slice(0).split(engine.train_micro_batch_size_per_gpu()):
+            engine.backward(hf_loss(engine, part), scale_wrt_gas=is_averaged)
+            engine.step()
+        norms.append(engine.get_global_grad_norm())
+    return norms
+
+
+def test_a_loss_is_not_divided_where_that_was_not_asked_for(pools: Pools) -> None:
+    for averaged, summed in pools(2).run(norms_of_the_models_own_losses):
+        assert summed == pytest.approx(3 * averaged, rel=1e-5)
+
+
 # -- passes that the engine does not know ---------------------------------------------------------
 
 

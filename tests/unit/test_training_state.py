@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,13 @@ def test_rates_go_on_as_if_never_stopped(name: str) -> None:
     assert first + rates(optimizer, scheduler, 13) == straight
 
 
-@pytest.mark.parametrize(("saved", "now"), [("WarmupLR", "StepLR"), ("StepLR", "CyclicLR")])
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        *permutations(TORCH_SCHEDULERS, 2),
+        *(("WarmupLR", "StepLR"), ("StepLR", "WarmupLR")),
+    ],
+)
 def test_another_kind_of_scheduler_is_an_error(saved: str, now: str) -> None:
     state = {"scheduler": scheduled(saved)[1].state_dict()}
     with pytest.raises(ConfigError, match=f"another learning-rate scheduler than {now}; keep"):
