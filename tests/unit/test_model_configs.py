@@ -12,18 +12,19 @@ MODELS = Path(__file__).parents[2] / "configs" / "model"
 
 
 # Millions of parameters, untied head. 60m to 1b: GaLore's sizes; 7b: Llama 2's.
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        ("3m", 2.6),
-        ("10m", 10.5),
-        ("60m", 58.1),
-        ("134m", 134.1),
-        ("350m", 368.0),
-        ("1b", 1339.1),
-        ("7b", 6738.4),
-    ],
-)
+MILLIONS = {
+    "3m": 2.6,
+    "10m": 10.5,
+    "60m": 58.1,
+    "134m": 134.1,
+    "134m_7_blocks": 98.7,
+    "350m": 368.0,
+    "1b": 1339.1,
+    "7b": 6738.4,
+}
+
+
+@pytest.mark.parametrize(("name", "millions"), MILLIONS.items())
 def test_parameter_counts(name: str, millions: float) -> None:
     config = AutoConfig.from_pretrained(MODELS / f"llama_{name}.json")
     assert isinstance(config, LlamaConfig)
@@ -37,4 +38,4 @@ def test_parameter_counts(name: str, millions: float) -> None:
 
 def test_every_model_config_is_tested() -> None:
     names = {path.stem for path in MODELS.glob("*.json")}
-    assert names == {f"llama_{size}" for size in ("3m", "10m", "60m", "134m", "350m", "1b", "7b")}
+    assert names == {f"llama_{name}" for name in MILLIONS}
