@@ -39,8 +39,11 @@ def _tables() -> dict[str, Callable[[Results], str]]:
     flops = [c for c in first if c.is_equal_flops]
     steps = [c for c in first if not c.is_equal_flops or c.kind == DENSE]
     smaller = [c for c in QUESTIONS[2] if c.kind == DENSE and c.dense_steps == STEPS]
-    half = [c for c in QUESTIONS[8] if c.kind in (DENSE, HALF) and c.reference is None]
-    half = [c for c in half if c.model != LARGER_START]
+    half = [
+        case
+        for case in QUESTIONS[8]
+        if case.kind in (DENSE, HALF) and case.reference is None and case.model != LARGER_START
+    ]
     wide = [c for c in QUESTIONS[8] if dense_of(c).model == WIDE]
     start = [c for c in QUESTIONS[8] if dense_of(c).model == LARGER_START]
     return {

@@ -70,8 +70,8 @@ def _tokens(samples: int, length: int) -> torch.Tensor:
 _ABOUT = """\
 One block of {model} with embedding and head, {samples} samples of {length} tokens, forward and \
 backward pass. Peak: the most bytes of all storages that torch made, weights not counted; closed \
-form: what `launch/plan.py` calls activations. Seconds: fp32, over those of the loss \
-at once, median of {rounds} rounds in which all take turns."""
+form: what `launch/plan.py` calls activations. Seconds: fp32, over those of the loss at once, \
+median of {rounds} rounds in which all take turns."""
 
 
 def run(arguments: argparse.Namespace) -> None:
