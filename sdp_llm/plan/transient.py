@@ -11,10 +11,14 @@ from sdp_llm.plan.size import FP32_BYTES, CostSetup, UnitSize
 
 @dataclass(frozen=True)
 class _Reduction:
-    """Bytes of a unit under way: at any time, and on top of it while it is summed at the end."""
+    """Bytes of a unit under way: at any time, and on top of it while it is summed at the end.
+
+    ``gathered`` stay while the sum is gathered, until the next reduction ends.
+    """
 
     held: float
     added: float
+    gathered: float
 
 
 def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: CostSetup) -> int:
@@ -25,7 +29,7 @@ def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: Cos
     on gloo, the shard on NCCL), in fp32 while it is added where it is narrower, and what is sent:
 
     - Stages 0 and 1: the fp32 gradient itself, or a copy of it in a narrower type; stage 0 gathers
-      in a second copy.
+      in a second copy, which stays while the next unit is under way.
     - Stage 2: the buffer of `r` bytes in which the gradients were collected. The pieces of a split
       unit are collected together, since the first parameter of a block completes last.
 
@@ -40,24 +44,25 @@ def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: Cos
     collected = setup.reduction_bytes if setup.stage == 2 else 0
     most = setup.under_way if setup.overlap and setup.stage else 1
     under_way: deque[_Reduction] = deque()
-    peak = 0.0
+    peak = gathered = 0.0
 
     def leave_under_way(count: int, here: float) -> None:
-        nonlocal peak
+        nonlocal peak, gathered
         while len(under_way) > count:
             peak = max(peak, here + _held(under_way) + under_way[0].added)
-            under_way.popleft()
+            ended = under_way.popleft()
+            gathered = ended.gathered if setup.overlap else 0.0
 
     for owners, pieces in reversed(groups):
         here = float(setup.weight_bytes * max(unit.largest_parameter for unit in pieces))
         if owners == 1:  # nothing to reduce
-            peak = max(peak, here + _held(under_way))
+            peak = max(peak, here + _held(under_way) + gathered)
             continue
         here += collected * sum(unit.numel for unit in pieces)
         for unit in reversed(pieces):
             leave_under_way(most - 1, here)
             under_way.append(_reduction(unit, owners, setup))
-            peak = max(peak, here + _held(under_way))
+            peak = max(peak, here + _held(under_way) + gathered)
             if not setup.overlap:
                 leave_under_way(0, here)
         # What was collected of the last pieces stays as long as they are under way.
@@ -78,5 +83,6 @@ def _reduction(unit: UnitSize, owners: int, setup: CostSetup) -> _Reduction:
     received = unit.numel * r * (owners - 1 if setup.backend == "gloo" else 1) / owners
     summand = 0 if r == FP32_BYTES else FP32_BYTES / owners
     # The second copy is made when all summands have been added.
-    added = unit.numel * max((copies - 1) * r, summand)
-    return _Reduction(received + unit.numel * min(copies, 1) * r, added)
+    gathered = max(copies - 1, 0) * unit.numel * r
+    added = max(gathered, unit.numel * summand)
+    return _Reduction(received + unit.numel * min(copies, 1) * r, added, gathered)

@@ -35,7 +35,8 @@ class GradientReducer:
         beside the unit being collected. With one, a link stands idle while an owner waits for
         another that is busy with a third; with more there is something to send meanwhile. At stage
         0 always one: each is followed by a gather, and with several under way ranks that own
-        different units would issue these in different orders, which deadlocks on NCCL.
+        different units would issue these in different orders, which deadlocks on NCCL. The gather
+        may be under way beside the next reduction.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class GradientReducer:
         self._buffers = Buffers()
         self._collected: dict[int, Tensor] = {}
         self._under_way: deque[Callable[[], None]] = deque()
+        self._gather: Callable[[], None] | None = None
         self._most_under_way = under_way if stage else 1
         self._is_active = self._is_reducing = False
         self._hooks: list[RemovableHandle] = []
@@ -87,7 +89,7 @@ class GradientReducer:
             ACTIVITY.enter(REDUCE)
             for u in self._cursor.finish():
                 self._launch(u)
-            self._leave_under_way(0)
+            self._drain()
             self._buffers.clear()
         self._is_active = False
 
@@ -145,12 +147,22 @@ class GradientReducer:
         if self.probe is not None:
             self.probe.see(unit, send)
         if not self._overlap:
-            self._leave_under_way(0)
+            self._drain()
 
     def _leave_under_way(self, count: int) -> None:
         """Wait until at most so many reductions are under way; the oldest come first."""
         while len(self._under_way) > count:
             self._under_way.popleft()()
+
+    def _drain(self) -> None:
+        """Wait for everything that is under way."""
+        self._leave_under_way(0)
+        self._finish_gather()
+
+    def _finish_gather(self) -> None:
+        if self._gather is not None:
+            self._gather()
+            self._gather = None
 
     def _receive(
         self,
@@ -160,6 +172,7 @@ class GradientReducer:
         summands: Sequence[Tensor],
         pending: Pending,
     ) -> None:
+        self._finish_gather()  # of the unit before, which began before this reduction
         with ACTIVITY.waiting(f"gradient of {unit.layout.name}", unit.owners):
             pending.wait()
         own, share = unit.shard_grad, 1 / len(unit.owners)
@@ -178,6 +191,11 @@ class GradientReducer:
         if self._stage == 0:
             assert unit.group is not None
             full = unit.grad.to(self._communicator.dtype)
-            with ACTIVITY.waiting(f"gradient of {unit.layout.name}", unit.owners):
-                self._communicator.all_gather(full, unit.group).wait()
-            unit.grad.copy_(full)
+            gathered = self._communicator.all_gather(full, unit.group)
+            self._gather = partial(self._receive_all, unit, full, gathered)
+
+    @staticmethod
+    def _receive_all(unit: Unit, full: Tensor, pending: Pending) -> None:
+        with ACTIVITY.waiting(f"gradient of {unit.layout.name}", unit.owners):
+            pending.wait()
+        unit.grad.copy_(full)

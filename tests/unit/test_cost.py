@@ -198,6 +198,15 @@ def test_fp32_gradients_are_sent_from_their_place(stage: int) -> None:
     assert waited.transient == 4 * 700 + 2 * 540 + 2 * 720 + (4 * 180 if stage else 2 * 720)
 
 
+def test_stage_0_gathers_the_unit_before_while_the_embedding_is_reduced() -> None:
+    blocks = tuple(UnitSize(b, 240, 100) for b in range(8))
+    size = replace(_model(8), units=(UnitSize(None, 720, 700), *blocks))
+    plan = make_plan(2, 8, coverage=Fraction(1))
+    memory = rank_memory(size, plan, CostSetup(stage=0, weight_bytes=2, reduction_bytes=2), 0)
+    # Its largest gradient, a copy of the block's, and what the embedding sends and receives.
+    assert memory.transient == 2 * 700 + 2 * 240 + 2 * 720 + 2 * 360
+
+
 def test_nccl_receives_only_the_shard() -> None:
     setup = CostSetup(stage=2, overlap=False, backend="nccl")
     memory = rank_memory(_model(8), EVEN, setup, 0)

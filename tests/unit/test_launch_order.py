@@ -96,24 +96,31 @@ class Group:
 
 @dataclass
 class Recorder:
-    """A communicator that sends nothing and notes what would be on a rank's one stream."""
+    """A communicator that sends nothing and notes what would be on a rank's one stream.
+
+    ``events`` has beside what is issued what is waited for.
+    """
 
     dtype: torch.dtype = torch.float32
     issued: list[tuple[str, Group]] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
 
     def received_numel(self, numel: int, group: Group) -> int:
         return numel // group.size()
 
     def reduce_scatter(self, send: Tensor, received: Tensor, group: Group) -> Any:
-        self.issued.append(("reduce-scatter", group))
-        return [received], Pending(lambda: None)
+        return [received], self._issue("reduce-scatter", group)
 
     def all_gather(self, full: Tensor, group: Group) -> Pending:
-        self.issued.append(("all-gather", group))
-        return Pending(lambda: None)
+        return self._issue("all-gather", group)
+
+    def _issue(self, what: str, group: Group) -> Pending:
+        self.issued.append((what, group))
+        self.events.append((what, group.unit))
+        return Pending(lambda: self.events.append((f"end of {what}", group.unit)))
 
 
-def _issued(plan: Plan, rank: int, stage: int, under_way: int) -> list[tuple[str, Group]]:
+def _record(plan: Plan, rank: int, stage: int, under_way: int, overlap: bool = True) -> Recorder:
     """What a rank issues in one backward pass, through the reducer itself."""
     model = empty_model(llama(False, plan.num_blocks))
     units = []
@@ -124,12 +131,12 @@ def _issued(plan: Plan, rank: int, stage: int, under_way: int) -> list[tuple[str
             device = torch.device("cpu")
             made = {"rank": rank, "stage": stage, "dtype": torch.float32, "device": device}
             units.append(Unit(layout, None, owners=owners, group=group, **made))  # type: ignore[arg-type]
-    recorder: Any = Recorder()
-    reducer = GradientReducer(units, model, recorder, stage=stage, under_way=under_way)
+    recorder = Recorder()
+    given = {"stage": stage, "under_way": under_way, "overlap": overlap}
+    reducer = GradientReducer(units, model, recorder, **given)  # type: ignore[arg-type]
     reducer.begin(reduce=True)
     reducer.finish()
-    issued: list[tuple[str, Group]] = recorder.issued
-    return issued
+    return recorder
 
 
 def _run(streams: Sequence[list[tuple[str, Group]]]) -> None:
@@ -148,9 +155,33 @@ def _run(streams: Sequence[list[tuple[str, Group]]]) -> None:
 def test_one_stream_per_rank_never_waits_for_ever(stage: int, under_way: int) -> None:
     for n, blocks, p in ((4, 8, 2), (8, 12, 4), (8, 24, 2)):
         plan = make_plan(n, blocks, owners_per_block=p)
-        streams = [_issued(plan, rank, stage, under_way) for rank in range(n)]
+        streams = [_record(plan, rank, stage, under_way).issued for rank in range(n)]
         assert all(len(stream) > p for stream in streams)
         _run(streams)
+
+
+def test_stage_0_waits_for_a_gather_when_the_next_reduction_ends() -> None:
+    events = _record(make_plan(2, 3, owners_per_block=2), 0, stage=0, under_way=1).events
+    after, before = _names(events, "all-gather")[:2]
+    start = events.index(("all-gather", after))
+    assert events[start : start + 5] == [
+        ("all-gather", after),
+        ("reduce-scatter", before),
+        ("end of all-gather", after),
+        ("end of reduce-scatter", before),
+        ("all-gather", before),
+    ]
+    assert _names(events, "end of all-gather") == _names(events, "all-gather")
+
+
+def test_without_overlap_nothing_is_under_way_beside_another() -> None:
+    plan = make_plan(2, 3, owners_per_block=2)
+    events = _record(plan, 0, stage=0, under_way=1, overlap=False).events
+    assert events[1::2] == [(f"end of {what}", unit) for what, unit in events[::2]]
+
+
+def _names(events: Sequence[tuple[str, str]], what: str) -> list[str]:
+    return [unit for kind, unit in events if kind == what]
 
 
 def test_a_complete_unit_waits_for_the_units_after_it() -> None:
