@@ -104,8 +104,8 @@ def model_size(
         ``allgather_bucket_size``.
     :param document_mask: whether documents are kept apart, which takes a mask in memory.
     :param loss_chunk: how many tokens have logits at a time; None: all.
-    :raises ConfigError: for a model whose cost depends on the data (mixture of experts), or whose
-        loss cannot be computed in pieces.
+    :raises ConfigError: for a model whose cost depends on the data (mixture of experts), whose
+        blocks cannot be skipped, or whose loss cannot be computed in pieces.
     """
     config = copy.deepcopy(config)  # building and running a model changes it
     attention = "eager" if attn_implementation == "eager" else "sdpa"
@@ -273,7 +273,16 @@ def _activations(
     _, blocks = find_blocks(model)
     skip_blocks(blocks, {b for group in groups for b in group[:2]})
     model.train()
-    whole = saved_bytes(model, tokens, loss)
+    try:
+        whole = saved_bytes(model, tokens, loss)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a skipped block leads to in a model's own code
+        raise ConfigError(
+            f"model.config: {type(model).__name__} does not run where blocks are skipped: "
+            f"{said_by_transformers(error)}; use a decoder whose blocks return one tensor, the "
+            "hidden states, as Llama's do"
+        ) from error
     stored = whole
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

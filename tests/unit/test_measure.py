@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from benchmarks.allocations import AllocationTracker
 from sdp_llm.errors import ConfigError
@@ -167,6 +173,12 @@ def test_experts_are_an_error() -> None:
         num_local_experts=2,
     )
     with pytest.raises(ConfigError, match="only the cost of dense decoders"):
+        model_size(config, 1, 8)
+
+
+def test_blocks_that_cannot_be_skipped_are_an_error() -> None:
+    config = FalconConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=96)
+    with pytest.raises(ConfigError, match="does not run where blocks are skipped: too many"):
         model_size(config, 1, 8)
 
 
