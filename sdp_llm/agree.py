@@ -41,14 +41,13 @@ def agree(step: Callable[[], Any]) -> list[Any]:
     return [value for value, _ in outcomes]
 
 
-def check_agreement(what: str, fingerprint: str) -> None:
+def check_agreement(what: str, fingerprint: Callable[[], str]) -> None:
     """Compare a fingerprint between all ranks.
 
-    :raises ConfigError: on every rank, naming the ranks that differ from rank 0.
+    :raises ConfigError: on every rank, naming the ranks that differ from rank 0, or as
+        :func:`agree` does.
     """
-    found: list[str | None] = [None] * dist.get_world_size()
-    with ACTIVITY.waiting("agreement"):
-        dist.all_gather_object(found, fingerprint)
+    found = agree(fingerprint)
     different = [rank for rank, value in enumerate(found) if value != found[0]]
     if different:
         raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sdp_llm.agree import agree, check_agreement
+from sdp_llm.agree import check_agreement
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule, schedule_from_config
@@ -35,7 +35,7 @@ def agreed_schedule(source: Source, run: RunConfig, total_steps: int | None) -> 
     config = source.config if isinstance(source, PreTrainedModel) else source
     depth = config.get_text_config().num_hidden_layers
     schedule = schedule_from_config(run.sdp, dist.get_world_size(), depth, total_steps)
-    check_agreement("the plan", hashlib.sha256(repr(schedule).encode()).hexdigest()[:16])
+    check_agreement("the plan", lambda: hashlib.sha256(repr(schedule).encode()).hexdigest()[:16])
     return schedule
 
 
@@ -96,8 +96,5 @@ def _pretrained(source: Source, run: RunConfig) -> PretrainedWeights | None:
         shared = [unit for unit in model_layout(model).units if unit.block is None]
         return opened[0].fingerprint(spec.name for unit in shared for spec in unit.parameters)
 
-    fingerprints = agree(open_it)
-    check_agreement(
-        f"the checkpoint of {named(run.model.init_from)}", fingerprints[dist.get_rank()]
-    )
+    check_agreement(f"the checkpoint of {named(run.model.init_from)}", open_it)
     return opened[0]

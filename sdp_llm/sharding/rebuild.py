@@ -55,7 +55,7 @@ def rebuild(
         groups.
     """
     before = sharded.subnetwork
-    check_agreement("change_plan: the plan", f"{plan.fingerprint()} {masking}")
+    check_agreement("change_plan: the plan", lambda: f"{plan.fingerprint()} {masking}")
     after = replace(before, plan=plan, masking=masking)
     known = _agree(sharded, inner, after)
     changed = _changed(before, after)
