@@ -112,7 +112,11 @@ class RunFolder:
             # Without a checkpoint it starts again; one that finished is worth something.
             is_unfinished = read_status(self.path).get("state") in UNFINISHED
             return bool(steps_in(self.checkpoints)) or is_unfinished
-        return resume != "none" and Path(resume).resolve().is_relative_to(self.path.resolve())
+        if resume == "none":
+            return False
+        # That a path is not there is another error, which comes when its checkpoint is read.
+        path = Path(resume)
+        return not path.exists() or path.resolve().is_relative_to(self.path.resolve())
 
     def _lock(self) -> None:
         """Keep other processes out as long as this object lives."""

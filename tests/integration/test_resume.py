@@ -326,9 +326,10 @@ def test_resume_none_and_paths(tiny: Tiny, pools: Pools, tmp_path: Path) -> None
     names = {path.name for path in (first / "checkpoints").iterdir()}
     aside = {f"step-{n}.set-aside" for n in (3, 4, 5, 6)}
     assert names == {"step-2", "step-3", "latest"} | aside
-    fresh = f"training.run_dir={tmp_path / 'fresh'}"
-    for error in errors(pools(2), tiny, fresh, resume=str(tmp_path / "nowhere")):
-        assert f"--resume {tmp_path / 'nowhere'}: no checkpoint there" in error
+    for name in ("fresh", "other"):
+        where = f"training.run_dir={tmp_path / name}"
+        for error in errors(pools(2), tiny, where, resume=str(tmp_path / "nowhere")):
+            assert f"--resume {tmp_path / 'nowhere'}: no checkpoint there" in error
 
 
 def test_another_model_is_an_error(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
