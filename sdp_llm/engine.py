@@ -235,7 +235,10 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         return evaluate(self.sharded, samples, micro_batch, loss, must_stop)
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: str | None = None) -> None:
-        """Write the whole model as a HuggingFace checkpoint. Collective over the world."""
+        """Write the whole model as a HuggingFace checkpoint. Collective over the world.
+
+        It replaces one that is there; other files of the folder stay.
+        """
         self.wait_for_weights()
         export_pretrained(self.sharded, save_directory, tokenizer=tokenizer)
 

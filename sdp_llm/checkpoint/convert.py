@@ -16,6 +16,7 @@ from sdp_llm.checkpoint.export import (
     TOKENIZER_FILES,
     copy_tokenizer,
     describe_model,
+    is_of_export,
     write_index,
     written_aliases,
 )
@@ -83,7 +84,7 @@ def export_checkpoint(
             write_index(partial, files)
             copy_tokenizer(tokenizer or _trained_tokenizer(reader.state), partial)
 
-        write_together(output, write, finish)
+        write_together(output, write, finish, is_of_export)
 
 
 class _ModelTensors:

@@ -31,6 +31,15 @@ TOKENIZER_FILES = (
 )
 
 
+def is_of_export(name: str) -> bool:
+    """Whether a file of this name is of an exported model."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name in (
+        "config.json",
+        "generation_config.json",
+        *TOKENIZER_FILES,
+    )
+
+
 def writers(units: list[tuple[tuple[int, ...], int]]) -> list[int]:
     """Which owner writes each unit, so that the most that one rank writes is small.
 
@@ -55,8 +64,8 @@ def export_pretrained(
     """Write the whole model for ``AutoModelForCausalLM.from_pretrained``, in the weights' dtype.
 
     Collective over the world; no rank holds more than its subnetwork. Sharded safetensors with an
-    index, ``config.json``, ``generation_config.json`` and the tokenizer's files. An existing
-    folder is replaced, in one step.
+    index, ``config.json``, ``generation_config.json`` and the tokenizer's files. They replace those
+    of an export that is there in one step; other files of the folder stay.
 
     ``sdp.residual_scale`` "eval" is folded into the weights, in fp32: of the masters where the
     writer has all of them (stage 0, and blocks of one owner), else of the weights.
@@ -81,7 +90,7 @@ def export_pretrained(
         write_index(partial, files)
         copy_tokenizer(tokenizer, partial)
 
-    write_together(Path(folder), write, finish)
+    write_together(Path(folder), write, finish, is_of_export)
 
 
 def describe_model(

@@ -138,14 +138,51 @@ def write_together(
     folder: Path,
     write: Callable[[Path], list[WrittenFile]],
     finish: Callable[[Path, list[WrittenFile]], None],
+    is_replaced: Callable[[str], bool],
 ) -> None:
     """Let every rank write its files into ``folder``; see :class:`SharedFolder`.
 
-    :raises ConfigError: on every rank, when one of them could not write.
+    :param is_replaced: which entries of a folder that is there are of what is written, by name;
+        the others stay.
+    :raises ConfigError: on every rank, when one of them could not write, or works in the folder.
     """
+    folder = Path(os.path.abspath(folder))  # "." has no name
+    agree(lambda: _check_elsewhere(folder))
     shared = SharedFolder(folder)
     shared.prepare()
-    shared.complete(lambda: write(shared.partial), finish)
+
+    def finish_beside_others(partial: Path, files: list[WrittenFile]) -> None:
+        finish(partial, files)
+        if folder.is_dir():
+            _link_entries(folder, partial, is_replaced)
+
+    shared.complete(lambda: write(shared.partial), finish_beside_others)
+
+
+def _check_elsewhere(folder: Path) -> None:
+    if Path.cwd().is_relative_to(folder):
+        raise ConfigError(
+            f"{folder}: the working directory, which cannot be replaced in one step; name a folder "
+            "inside it"
+        )
+
+
+def _link_entries(source: Path, target: Path, is_left_out: Callable[[str], bool]) -> None:
+    """Give the entries of a folder a second name in another, where possible without copies."""
+    for entry in source.iterdir():
+        if is_left_out(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, target / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -104,12 +105,16 @@ def test_problems_are_counted() -> None:
     assert found == "master of a: elements 0 to 6 of 6 are missing (and 1 more of this kind)"
 
 
+def is_x(name: str) -> bool:
+    return name == "x"
+
+
 def write(text: str, folder: Path) -> None:
     def files(partial: Path) -> list:  # type: ignore[type-arg]
         (partial / "x").write_text(text)
         return [written(partial / "x")]
 
-    write_together(folder, files, lambda partial, files: None)
+    write_together(folder, files, lambda partial, files: None, is_x)
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -126,7 +131,7 @@ def test_a_folder_takes_its_name_and_is_not_copied(
             (partial / "file").write_text(text)
             return [written(partial / "file")]
 
-        write_together(tmp_path / "folder", write, lambda partial, files: None)
+        write_together(tmp_path / "folder", write, lambda partial, files: None, lambda name: True)
         # A copy, which others could see half done, would be another folder.
         assert [(tmp_path / "folder").stat().st_ino] == made
         assert (tmp_path / "folder" / "file").read_text() == text
@@ -141,6 +146,40 @@ def test_what_fails_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> No
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ConfigError, match=r"rank 0: cannot write: .*No space left on device"):
-        write_together(tmp_path / "folder", fail, lambda partial, files: None)
+        write_together(tmp_path / "folder", fail, lambda partial, files: None, is_x)
     assert (tmp_path / "folder" / "x").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_other_files_of_the_folder_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", fail)
+    folder = tmp_path / "folder"
+    write("old", folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step" / "inside").mkdir(parents=True)
+    (folder / "step" / "inside" / "state.json").write_text("state")
+    (folder / "latest").symlink_to("step")
+    write("new", folder)
+    assert (folder / "x").read_text() == "new"
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "latest" / "inside" / "state.json").read_text() == "state"
+    assert (folder / "latest").is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "notes.txt", "step", "x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_working_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"the working directory, .*; name a folder inside it"):
+        write("new", Path("."))
+    write("new", Path("folder"))
+    assert (tmp_path / "folder" / "x").read_text() == "new"
