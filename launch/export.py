@@ -25,7 +25,6 @@ def export(arguments: argparse.Namespace) -> None:
     import torch
 
     from sdp_llm.checkpoint.convert import export_checkpoint
-    from sdp_llm.checkpoint.export import is_of_export
     from sdp_llm.checkpoint.find import find_checkpoint
     from sdp_llm.subnetwork.measure import load_model_config
 
@@ -39,7 +38,7 @@ def export(arguments: argparse.Namespace) -> None:
         config=load_model_config(arguments.model_config) if arguments.model_config else None,
         tokenizer=Path(arguments.tokenizer) if arguments.tokenizer else None,
     )
-    size = sum(file.stat().st_size for file in output.iterdir() if is_of_export(file.name))
+    size = sum(file.stat().st_size for file in output.iterdir())
     print(f"exported {found} to {output} ({size / 1e6:,.1f} MB)")
 
 

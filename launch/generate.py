@@ -34,7 +34,8 @@ def generate(arguments: argparse.Namespace) -> None:
     model = load_exported(folder).eval().to(device_type())
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        # Every document ends with that token: after it another one begins.
+        inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -11,10 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdp_llm.cli import Parser, fail
+from sdp_llm.cli import Parser, run_command
+from sdp_llm.errors import ConfigError
 
 
-def main(arguments: argparse.Namespace) -> int:
+def inspect(arguments: argparse.Namespace) -> int:
     """Parse, read, print."""
     from sdp_llm.checkpoint.find import find_checkpoint
     from sdp_llm.checkpoint.inspection import inspect_checkpoint
@@ -24,8 +25,9 @@ def main(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.checkpoint)
     path = find_checkpoint(folder)
     if not any((path / name).exists() for name in (MANIFEST, STATE)):
-        reason = f"{path}: no checkpoint there; name a run that has saved one, or a step's folder"
-        return fail("inspect_checkpoint", reason, 2)
+        raise ConfigError(
+            f"{path}: no checkpoint there; name a run that has saved one, or a step's folder"
+        )
     found = inspect_checkpoint(path)
     run = describe_status(read_status(folder))
     if run:
@@ -42,4 +44,5 @@ if __name__ == "__main__":
         "checkpoint",
         help="a checkpoint, or a run folder or folder of checkpoints, whose latest one is read",
     )
-    sys.exit(main(parser.parse_args()))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sys.exit(run_command("inspect_checkpoint", inspect, parser.parse_args()))

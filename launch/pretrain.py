@@ -38,6 +38,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
         from sdp_llm.rendezvous import meet
         from sdp_llm.training.agreement import agree_on_start, facts_of
         from sdp_llm.training.backends import EngineBackend
+        from sdp_llm.training.exhausted import out_of_memory_explained
+        from sdp_llm.training.prediction import predict
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
         from sdp_llm.training.watchdog import FIRST_STEP_FACTOR, Watchdog
@@ -53,8 +55,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
         init_distributed(timedelta(minutes=run.training.timeout_minutes))
         stop.hear_sigterm()
         folder = RunFolder(run, inputs.schedule, here.rank == 0, resume=arguments.resume)
-        backend = EngineBackend(run, inputs, stop.is_set)
-        train(run, inputs, backend, folder, arguments.resume, watchdog)
+        # Building the model and reading a checkpoint may take too much as well.
+        with out_of_memory_explained(
+            run, inputs, lambda: predict(run, inputs), here.rank, lambda: 0
+        ):
+            backend = EngineBackend(run, inputs, stop.is_set)
+            train(run, inputs, backend, folder, arguments.resume, watchdog)
         stop.settle()
         shut_down()
 

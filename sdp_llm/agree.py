@@ -27,7 +27,8 @@ def agree(step: Callable[[], Any]) -> list[Any]:
         failure = error
     except (OSError, SafetensorError) as error:
         failure = ConfigError(
-            f"cannot write: {error}; name a folder that all ranks can write to, with enough space"
+            f"cannot read or write: {error}; name files that all ranks reach, and folders with "
+            "enough space"
         )
     if not dist.is_initialized():
         outcomes: list[Any] = [(result, failure)]

@@ -135,16 +135,16 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def run_command(
-    name: str, run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
+    name: str, run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace
 ) -> int:
     """Run a command; wrong input becomes one line on stderr.
 
-    :returns: the exit status: 0, 2 for wrong input, 3 when training stopped itself, 4 when another
-        rank hangs or is lost, 130 when it was interrupted, 141 when nobody reads its output (as in
-        ``| head``).
+    :returns: the exit status: what ``run`` returns or 0, 2 for wrong input, 3 when training stopped
+        itself, 4 when another rank hangs or is lost, 130 when it was interrupted, 141 when nobody
+        reads its output (as in ``| head``).
     """
     try:
-        run(arguments)
+        status = run(arguments) or 0
         print(end="", flush=True)
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
@@ -160,4 +160,4 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status

@@ -38,7 +38,7 @@ from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
 from sdp_llm.loss import NextTokenLoss, summed_loss
-from sdp_llm.optim import adopt_options
+from sdp_llm.optim import adopt_options, wrong_parameters_explained
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
 from sdp_llm.sharding.materialize import ShardedModel
@@ -158,8 +158,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         )
 
     def _scheduler_from_config(self, optimizer: Any) -> Any:
-        # torch's schedulers take nothing but a torch optimizer.
-        return super()._scheduler_from_config(self.basic_optimizer)
+        with wrong_parameters_explained(self.scheduler_name()):
+            # torch's schedulers take nothing but a torch optimizer.
+            return super()._scheduler_from_config(self.basic_optimizer)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeed's, with each unit's gradient averaged over its owners meanwhile."""
@@ -288,7 +289,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     ) -> CheckpointWriting:
         self.wait_for_weights()
         state = training_state(self, self.run, self.sharded.subnetwork, client_state)
-        name = tag or f"global_step{self.global_steps}"
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
         return CheckpointWriting(self.sharded, folder, name, state, save_latest=save_latest)
 
     def load_checkpoint(
@@ -313,7 +314,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         self.wait_for_weights()
         if tag is None:  # one rank looks: on a shared disk another may see an older one
             tag = agree(lambda: latest_tag(Path(load_dir)) if dist.get_rank() == 0 else None)[0]
-        folder = Path(load_dir) / tag
+        folder = Path(load_dir) / str(tag)
         with_optimizer = load_optimizer_states and not load_module_only
         with open_checkpoint(self.sharded.subnetwork, folder) as reader:
             state = reader.state

@@ -42,10 +42,13 @@ def launched(environment: Mapping[str, str]) -> Launched:
         raise ConfigError(
             f"RANK = {rank}: must be below WORLD_SIZE = {size} in the environment; {_START}"
         )
-    if size > 1 and not environment.get("MASTER_ADDR"):
-        raise ConfigError(
-            f"MASTER_ADDR: missing in the environment beside WORLD_SIZE = {size}; {_START}"
-        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and not environment.get(name):
+            raise ConfigError(
+                f"{name}: missing in the environment beside WORLD_SIZE = {size}; {_START}"
+            )
+    if size > 1:
+        count_in(environment, "MASTER_PORT", 0)
     return Launched(rank, size, count_in(environment, "LOCAL_RANK", 0))
 
 

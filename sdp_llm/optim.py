@@ -6,6 +6,8 @@ DeepSpeed takes for the same names, and DeepSpeed's own schedulers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,9 @@ from sdp_llm.errors import ConfigError
 
 
 def build_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The torch optimizer that the config's ``optimizer`` section names.
-
-    :raises ConfigError: for Lion, which torch does not have.
-    """
+    """The torch optimizer that the config's ``optimizer`` section names."""
     assert run.optimizer is not None
     name, params = run.optimizer.type, optimizer_dict(run.optimizer)["params"]
-    if name == "Lion":
-        raise ConfigError('optimizer.type = "Lion": not available in a simulation; use "AdamW"')
     params.pop("torch_adam", None)
     if params.pop("adam_w_mode", True) and name == "Adam":
         name = "AdamW"  # as DeepSpeed reads it
@@ -32,12 +29,32 @@ def build_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """The scheduler that the config's ``scheduler`` section names, or None."""
+    """The scheduler that the config's ``scheduler`` section names, or None.
+
+    :raises ConfigError: it does not take the parameters.
+    """
     if run.scheduler is None:
         return None
     section = scheduler_dict(run.scheduler, total_steps)
     classes = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
-    return getattr(classes, section["type"])(optimizer, **section["params"])
+    with wrong_parameters_explained(section["type"]):
+        return getattr(classes, section["type"])(optimizer, **section["params"])
+
+
+@contextmanager
+def wrong_parameters_explained(scheduler: str) -> Iterator[None]:
+    """Within, what a scheduler says of its parameters becomes one line.
+
+    :raises ConfigError: for TypeError and ValueError.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"scheduler.params: {scheduler} cannot be made with them: {reason}; give those "
+            "that its documentation names"
+        ) from error
 
 
 # What an optimizer or a scheduler adds to a group only when it begins, and the parameters.

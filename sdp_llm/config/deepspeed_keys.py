@@ -138,7 +138,6 @@ _ADAM = {
 OPTIMIZERS: Mapping[str, Mapping[str, Kind]] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
-    "Lion": {"lr": _LR, "betas": BETAS, "weight_decay": _DECAY},
     "SGD": {
         "lr": _LR,
         "momentum": number(0),
@@ -226,6 +225,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Kind]] = {
         **_WARMUP,
     },
 }
+DEFAULT_WARMUP_STEPS = 1000  # of all three
 REQUIRED_SCHEDULER_PARAMS: Mapping[str, tuple[str, ...]] = {
     "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
     "WarmupDecayLR": ("total_num_steps",),

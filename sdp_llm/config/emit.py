@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from sdp_llm.config.batch import resolve_batch
+from sdp_llm.config.deepspeed_keys import DEFAULT_WARMUP_STEPS
 from sdp_llm.config.kinds import AUTO, dump_communication_dtype
 from sdp_llm.config.parse import walk_keys
 from sdp_llm.config.schema import BUDGETS, OptimizerConfig, RunConfig, SchedulerConfig
@@ -128,10 +129,15 @@ def check_warmup(scheduler: SchedulerConfig, total_steps: int) -> None:
     """
     warmup, total = (scheduler.params.get(f"{name}_num_steps") for name in ("warmup", "total"))
     total = total_steps if total == AUTO else total
-    if warmup is not None and total is not None and warmup > total:
+    if total is None:
+        return
+    is_default = " (the default)" if warmup is None else ""
+    warmup = DEFAULT_WARMUP_STEPS if warmup is None else warmup
+    if warmup > total:
         raise ConfigError(
-            f"scheduler.params.warmup_num_steps = {warmup}: longer than total_num_steps = {total}, "
-            f"in which {scheduler.type} warms up and decays; use fewer than {total}"
+            f"scheduler.params.warmup_num_steps = {warmup}{is_default}: longer than "
+            f"total_num_steps = {total}, in which {scheduler.type} warms up and decays; use fewer "
+            f"than {total}"
         )
 
 

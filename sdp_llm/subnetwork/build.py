@@ -82,7 +82,7 @@ def build_subnetwork(
     """
     given = None
     if isinstance(source, PreTrainedModel):
-        model = source
+        model = source.train()  # transformers loads models for evaluation
         _check_trainable(model)
         layout = model_layout(model, max_unit_numel)
         given = {spec.name: model.get_parameter(spec.name).data for spec in layout.parameters}

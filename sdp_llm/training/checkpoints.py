@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sdp_llm.checkpoint.together import sync_folder
+from sdp_llm.checkpoint.save import LATEST
+from sdp_llm.checkpoint.together import replace_text, sync_folder
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.size import FP32_BYTES, setup_from_config
@@ -47,15 +48,22 @@ def remove(folder: Path, steps: Iterable[int]) -> None:
 def set_aside(folder: Path, after: int) -> list[str]:
     """Rename the checkpoints after a step, from which the run goes another way now.
 
+    The latest is the newest one that is left.
+
     :returns: their new names.
     """
+    steps = steps_in(folder)
+    left = [step for step in steps if step <= after]
+    if left and left != steps:
+        replace_text(folder / LATEST, tag_of(left[-1]))
+    elif not left:
+        (folder / LATEST).unlink(missing_ok=True)
     names = []
-    for step in steps_in(folder):
-        if step > after:
-            aside = folder / f"{tag_of(step)}.set-aside"
-            shutil.rmtree(aside, ignore_errors=True)
-            (folder / tag_of(step)).rename(aside)
-            names.append(aside.name)
+    for step in steps[len(left) :]:
+        aside = folder / f"{tag_of(step)}.set-aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / tag_of(step)).rename(aside)
+        names.append(aside.name)
     return names
 
 

@@ -18,19 +18,20 @@ from sdp_llm.training.prediction import Prediction
 def out_of_memory_explained(
     run: RunConfig,
     inputs: Inputs,
-    prediction: Prediction | ConfigError,
+    predict: Callable[[], Prediction | ConfigError],
     rank: int,
     step: Callable[[], int],
 ) -> Iterator[None]:
     """Within, what the allocator of a device cannot give ends training with one line.
 
+    :param predict: what the run was predicted to need.
     :param step: how many steps are over.
     :raises TrainingStopped: for ``torch.OutOfMemoryError``.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingStopped(_line(error, run, inputs, prediction, rank, step())) from error
+        raise TrainingStopped(_line(error, run, inputs, predict(), rank, step())) from error
 
 
 def _line(

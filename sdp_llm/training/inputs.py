@@ -73,7 +73,8 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
     loss = NextTokenLoss(eos_id, run.training.loss_chunk)
     if loss.chunk is not None:
-        loss.check(cheap_model(model, run.model.attn_implementation)[0])
+        # The attention does not matter, and that of the run may need a GPU.
+        loss.check(cheap_model(model, "eager")[0])
     check_memory(run, model, batch, schedule)
     return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), loss)
 

@@ -17,6 +17,7 @@ from sdp_llm.plan import Plan, Schedule
 from sdp_llm.plan.schedule import phase_stops
 from sdp_llm.subnetwork.residual import running_shares
 from sdp_llm.training.backends import EngineBackend
+from sdp_llm.training.budget import steps_from
 from sdp_llm.training.checkpoints import steps_in, tag_of
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.position import Position
@@ -89,7 +90,7 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
                 "version of sdp_llm that wrote it"
             ) from error
         saved = read_state(path)
-        return Start(position, path, (*skipped, *_changes(saved, run, inputs, position.step)))
+        return Start(position, path, (*skipped, *_changes(saved, run, inputs, position)))
     if skipped:
         raise ConfigError(
             f"{folder}: no checkpoint is whole: {'; '.join(skipped)}; start anew in another "
@@ -114,7 +115,9 @@ def _candidates(folder: Path) -> list[Path]:
     return []
 
 
-def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int) -> Iterator[str]:
+def _changes(
+    saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, position: Position
+) -> Iterator[str]:
     """A line for everything that goes on in another way than it did."""
     trainer, total_steps = saved["client_state"], inputs.schedule.total_steps
     world_size, now = saved["plan"]["world_size"], inputs.schedule.world_size
@@ -126,6 +129,14 @@ def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int
             f"warning: train_batch_size = {trainer['global_batch']} before, {batch} now: the data "
             "go on with the next unseen sample, schedules count steps"
         )
+        if run.training.tokens is not None:
+            last = steps_from(run, inputs.batch, position, total_steps)
+            yield (
+                f"warning: training.tokens are used up at step {last:,}; phases, and a scheduler "
+                f'with total_num_steps = "auto", end at step {total_steps:,}, as if this had been '
+                f"the batch from the start; training.tokens=null training.steps={last} ends all "
+                "together"
+            )
     if trainer["total_steps"] != total_steps:
         yield (
             f"warning: the budget was {trainer['total_steps']} steps, it is {total_steps} now; a "
@@ -137,14 +148,18 @@ def _changes(saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, step: int
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
             if key.startswith("scheduler.params.") and _is_torchs(run):
                 effect = "the schedulers of torch keep the checkpoint's"
+            if key == "optimizer.params.lr" and _starts_from_lr(run):
+                effect = "the scheduler goes on from the new one, a step later"
             if effect:
                 yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
     if run.sdp.residual_scale == before.get("sdp.residual_scale") == "eval":
-        yield from _other_shares(saved["plan"], *inputs.schedule.at(step))
+        yield from _other_shares(saved["plan"], *inputs.schedule.at(position.step))
     budget_before = trainer["total_steps"]
     has_changed = before.get("sdp.schedule") != after.get("sdp.schedule")
     if len(inputs.schedule.phases) > 1 and (has_changed or budget_before != total_steps):
-        yield _phases_line(run, inputs.schedule, step, None if has_changed else budget_before)
+        yield _phases_line(
+            run, inputs.schedule, position.step, None if has_changed else budget_before
+        )
 
 
 def _other_shares(saved: Mapping[str, Any], plan: Plan, masking: str) -> Iterator[str]:
@@ -164,6 +179,16 @@ def _other_shares(saved: Mapping[str, Any], plan: Plan, masking: str) -> Iterato
 
 def _is_torchs(run: RunConfig) -> bool:
     return run.scheduler is not None and run.scheduler.type in TORCH_SCHEDULERS
+
+
+def _starts_from_lr(run: RunConfig) -> bool:
+    """Whether it is DeepSpeed's scheduler that multiplies the optimizer's rate, and keeps none."""
+    if run.scheduler is None:
+        return False
+    if run.scheduler.type == "WarmupCosineLR":
+        return True
+    is_warmup = run.scheduler.type in ("WarmupLR", "WarmupDecayLR")
+    return is_warmup and "warmup_max_lr" not in run.scheduler.params
 
 
 def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: int | None) -> str:

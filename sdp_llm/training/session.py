@@ -100,7 +100,9 @@ def train(
             trainer.memory_check = MemoryCheck(
                 prediction, backend.rank, lambda: model_state_bytes(backend.engine), say, folder.log
             )
-        with out_of_memory_explained(run, inputs, prediction, backend.rank, lambda: trainer.step):
+        with out_of_memory_explained(
+            run, inputs, lambda: prediction, backend.rank, lambda: trainer.step
+        ):
             is_finished = trainer.fit()
     except BaseException as error:
         reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"

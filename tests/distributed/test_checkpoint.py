@@ -275,11 +275,11 @@ def test_client_state_must_be_json(broken_rank: int, pools: Pools, tmp_path: Pat
 def test_unwritable_folder_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     for message in pools(2).run(save_error, str(tmp_path / "file" / "below"), None):
-        assert message.startswith("rank 0: cannot write: ")
+        assert message.startswith("rank 0: cannot read or write: ")
         assert "\n" not in message
     (tmp_path / "folder" / "latest").mkdir(parents=True)  # in the way of the file
     for message in pools(2).run(save_error, str(tmp_path / "folder"), None):
-        assert message.startswith("rank 0: cannot write: ")
+        assert message.startswith("rank 0: cannot read or write: ")
 
 
 def save_three(folder: str) -> list[str]:

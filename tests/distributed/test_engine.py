@@ -54,6 +54,15 @@ def simulation(case: Case) -> Simulation:
 # -- the loop ---------------------------------------------------------------------------------
 
 
+def mode_of_a_given_model() -> bool:
+    engine = initialize(LlamaForCausalLM(llama()).eval(), run_config(Case(2)))[0]
+    return all(module.training for module in engine.module.modules())
+
+
+def test_a_given_model_is_trained_in_training_mode(pools: Pools) -> None:
+    assert pools(2).run(mode_of_a_given_model) == [True, True]
+
+
 def user_loop(case: Case, steps: int) -> list[dict[str, Any]]:
     """Run on a rank: DeepSpeed's usual loop; what the user sees after every micro-batch."""
     engine = build(case)

@@ -125,7 +125,7 @@ def test_damage_is_found(
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    assert inspect_checkpoint.main(argparse.Namespace(checkpoint=str(folder))) == 1
+    assert inspect_checkpoint.inspect(argparse.Namespace(checkpoint=str(folder))) == 1
     message = f"inspect_checkpoint: error: {file}: has another SHA-256 than what was saved; take"
     assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="not the file that was saved"):
@@ -148,7 +148,7 @@ def test_what_export_refuses(
     with pytest.raises(ConfigError, match=r"manifest\.json: not there"):
         export_checkpoint(tmp_path, output)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(ConfigError, match="cannot read or write"):
         export_checkpoint(folder, tmp_path / "file" / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     done = execute(*python("launch/export.py", "nowhere", "--output", output))

@@ -145,7 +145,9 @@ def test_what_fails_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> No
         (partial / "x").write_text("new")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ConfigError, match=r"rank 0: cannot write: .*No space left on device"):
+    with pytest.raises(
+        ConfigError, match=r"rank 0: cannot read or write: .*No space left on device"
+    ):
         write_together(tmp_path / "folder", fail, lambda partial, files: None, is_x)
     assert (tmp_path / "folder" / "x").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

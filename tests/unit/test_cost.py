@@ -305,7 +305,10 @@ def test_setup_from_config() -> None:
     raw = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     setup = setup_from_config(parse_config(raw), 3, "nccl")
     assert setup == CostSetup("forward", 1, 2, 2, 3, backend="nccl")
-    raw |= {"communication_data_type": "fp32", "optimizer": {"type": "Lion", "params": {"lr": 1}}}
+    raw |= {
+        "communication_data_type": "fp32",
+        "optimizer": {"type": "RMSprop", "params": {"lr": 1}},
+    }
     assert setup_from_config(parse_config(raw), 3, "nccl") == replace(
         setup, reduction_bytes=4, moment_bytes=4
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.config import parse_config
 from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.training.checkpoints import (
@@ -62,9 +63,21 @@ def test_only_complete_names_count(tmp_path: Path) -> None:
     assert names(folder) == {"step-10", ".step-11.partial", "step-12.set-aside"}
     assert set_aside(folder, 9) == ["step-10.set-aside"]
     assert set_aside(folder, 9) == []
+    assert not (folder / "latest").exists()
     (folder / ".latest.7.partial").touch()
     clear_rubbish(folder)
     assert names(folder) == {"step-10.set-aside", "step-12.set-aside"}
+
+
+def test_the_latest_is_one_that_was_not_set_aside(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "step-9", "step-10", "step-11")
+    (folder / "latest").write_text("step-11")
+    set_aside(folder, 10)
+    assert find_checkpoint(folder) == folder / "step-10"
+    set_aside(folder, 10)
+    assert find_checkpoint(folder) == folder / "step-10"
+    set_aside(folder, 0)
+    assert find_checkpoint(folder) == folder
 
 
 SPACE = [
@@ -110,7 +123,7 @@ def test_the_disk_must_hold_what_is_to_come(
     assert "make room, keep fewer" in message
 
 
-@pytest.mark.parametrize(("optimizer", "size"), [("AdamW", 12), ("Lion", 8)])
+@pytest.mark.parametrize(("optimizer", "size"), [("AdamW", 12), ("Adagrad", 8)])
 def test_the_size_is_that_of_masters_and_moments(optimizer: str, size: int) -> None:
     run = parse_config({"optimizer": {"type": optimizer, "params": {"lr": 1e-3}}})
     assert checkpoint_bytes(run, 1000) == size * 1000

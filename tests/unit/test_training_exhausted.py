@@ -26,7 +26,7 @@ def line(config: dict[str, Any], prediction: Any, micro_batch: int = 8) -> str:
     inputs: Any = SimpleNamespace(batch=SimpleNamespace(micro_batch=micro_batch))
     with (
         pytest.raises(TrainingStopped) as stopped,
-        out_of_memory_explained(parse_config(config), inputs, prediction, 1, lambda: 4),
+        out_of_memory_explained(parse_config(config), inputs, lambda: prediction, 1, lambda: 4),
     ):
         raise torch.OutOfMemoryError(SAID)
     return str(stopped.value)
@@ -66,6 +66,6 @@ def test_other_errors_are_left_alone() -> None:
     inputs: Any = None
     with (
         pytest.raises(RuntimeError, match="something else"),
-        out_of_memory_explained(parse_config({}), inputs, ConfigError(""), 0, lambda: 0),
+        out_of_memory_explained(parse_config({}), inputs, lambda: ConfigError(""), 0, lambda: 0),
     ):
         raise RuntimeError("something else")

@@ -15,6 +15,7 @@ from sdp_llm.training.position import Position
 from sdp_llm.training.resume import Start, _changes
 from sdp_llm.training.session import _start_lines
 
+COSINE = {"total_num_steps": 100, "warmup_num_steps": 10}
 PHASES: list[dict[str, Any]] = [{"until": 0.5}, {"until": 0.8, "coverage": 1}, {"until": 1}]
 
 
@@ -22,7 +23,8 @@ def prepared(
     steps: int, phases: list[dict[str, Any]] | None = PHASES, **sections: Any
 ) -> tuple[RunConfig, Inputs]:
     sections["sdp"] = {"schedule": phases, **sections.get("sdp", {})}
-    run = parse_config({"train_batch_size": 8, "training": {"steps": steps}, **sections})
+    base = {"train_batch_size": 8, "training": {"steps": steps}}
+    run = parse_config({**base, **sections})
     model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
     return run, Inputs(model, run_schedule(run, model, batch, 4), batch, None, None)  # type: ignore[arg-type]
 
@@ -36,7 +38,8 @@ def said(before: tuple[RunConfig, Inputs], now: tuple[RunConfig, Inputs], step: 
         "plan": {"world_size": 4, "owners": plan.owner_sets, "masking": masking},
         "config": to_dict(run),
     }
-    return list(_changes(state, *now, step))
+    tokens = step * 8 * 1024  # of the batch before
+    return list(_changes(state, *now, Position(step=step, samples=step * 8, tokens=tokens)))
 
 
 def test_the_same_phases_need_no_word() -> None:
@@ -103,6 +106,50 @@ def test_another_schedule_of_rates_says_what_it_does(kind: str, key: str, effect
         prepared(100, scheduler={"type": kind, "params": {key: value}}) for value in (3, 5)
     )
     assert said(before, now, 60) == [f"warning: scheduler.params.{key} = 3 before, 5 now: {effect}"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "effect"),
+    [
+        ({"type": "WarmupCosineLR", "params": COSINE}, "the scheduler goes on"),
+        ({"type": "WarmupLR"}, "the scheduler goes on from the new one, a step later"),
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}, "the optimizer keeps the"),
+        ({"type": "StepLR", "params": {"step_size": 3}}, "the optimizer keeps the checkpoint's"),
+        (None, "the optimizer keeps the checkpoint's"),
+    ],
+)
+def test_another_learning_rate_says_what_it_does(
+    scheduler: dict[str, Any] | None, effect: str
+) -> None:
+    before, now = (
+        prepared(
+            100,
+            scheduler=scheduler,
+            optimizer={"type": "AdamW", "params": {"lr": rate}},
+        )
+        for rate in (3e-4, 1e-4)
+    )
+    [warning] = said(before, now, 60)
+    assert warning.startswith("warning: optimizer.params.lr = 0.0003 before, 0.0001 now: " + effect)
+
+
+@pytest.mark.parametrize(("batch", "last", "total"), [(16, 80, 50), (4, 140, 200)])
+def test_another_batch_of_a_budget_of_tokens_says_where_it_ends(
+    batch: int, last: int, total: int
+) -> None:
+    """100 steps of 8 samples of 1024 tokens, of which 60 are over."""
+    data = {"train": "corpus", "sequence_length": 1024}
+    before, now = (
+        prepared(0, None, train_batch_size=size, data=data, training={"tokens": 100 * 8 * 1024})
+        for size in (8, batch)
+    )
+    lines = said(before, now, 60)
+    assert lines[0].startswith(f"warning: train_batch_size = 8 before, {batch} now: ")
+    assert lines[1].startswith(
+        f"warning: training.tokens are used up at step {last:,}; phases, and"
+    )
+    assert f"end at step {total:,}, as if this had been the batch from the start; " in lines[1]
+    assert lines[1].endswith(f"training.tokens=null training.steps={last} ends all together")
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(100, False), (81, False), (80, True)])

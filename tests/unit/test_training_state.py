@@ -12,9 +12,10 @@ import torch
 from deepspeed.runtime import lr_schedules
 
 from sdp_llm.checkpoint.training_state import adopt_scheduler
+from sdp_llm.config import parse_config
 from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
 from sdp_llm.errors import ConfigError
-from sdp_llm.optim import adopt_options, group_options
+from sdp_llm.optim import adopt_options, build_scheduler, group_options
 
 FOLDER = Path("step-7")
 PARAMS: dict[str, dict[str, Any]] = {
@@ -72,10 +73,26 @@ def test_another_kind_of_scheduler_is_an_error(saved: str, now: str) -> None:
 
 
 def test_what_an_optimizer_adds_when_it_begins_is_no_difference() -> None:
-    """DeepSpeed's Lion counts its steps in the group, from the first one on."""
+    """A scheduler notes the first rate; fused kernels may count their steps in the group."""
     optimizer, _ = scheduled("WarmupLR")
     saved = [{**options, "step": 7, "initial_lr": 0.5} for options in group_options(optimizer)]
     adopt_options(optimizer, saved, FOLDER)
     assert optimizer.param_groups[0]["step"] == 7
     with pytest.raises(ConfigError, match="saved with another optimizer than SGD"):
         adopt_options(optimizer, [{**saved[0], "betas": [0.9, 0.95]}], FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "reason"),
+    [
+        ("StepLR", {"step_sise": 3}, "step_sise"),
+        ("StepLR", {}, "step_size"),
+        ("OneCycleLR", {"max_lr": 1.0}, "total_steps"),
+    ],
+)
+def test_parameters_that_torch_does_not_take(
+    kind: str, params: dict[str, float], reason: str
+) -> None:
+    run = parse_config({"scheduler": {"type": kind, "params": params}})
+    with pytest.raises(ConfigError, match=f"^scheduler.params: {kind} cannot .*{reason}.*; give"):
+        build_scheduler(run, scheduled("StepLR")[0], 10)

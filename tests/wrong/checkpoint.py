@@ -183,7 +183,7 @@ CASES = [
     exported(
         "exported below a file",
         lambda s: export_checkpoint(s.folder / "checkpoint", s.folder / "file" / "x"),
-        "cannot write",
+        "cannot read or write",
     ),
     exported(
         "exported with no tokenizer",

@@ -124,6 +124,12 @@ CASES = [
     ),
     run(
         "config",
+        "a default warm-up longer than the run",
+        ("scheduler.params.warmup_num_steps=null",),
+        *("scheduler.params.warmup_num_steps = 1000 (the default)", "use fewer than 6"),
+    ),
+    run(
+        "config",
         "optimizer that is not element-wise",
         ("optimizer.type=Lamb",),
         *('optimizer.type = "Lamb"', "only element-wise optimizers", "use one of Adam"),

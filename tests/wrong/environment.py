@@ -6,7 +6,13 @@ from sdp_llm.launched import Launched, check_devices, count_in, launched
 from sdp_llm.versions import OLDEST, check_versions
 from tests.wrong.scene import Wrong
 
-HERE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+HERE = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 def ranks(name: str, changes: dict[str, str | None], *words: str) -> Wrong:
@@ -31,6 +37,8 @@ CASES = [
     ranks("no WORLD_SIZE", {"WORLD_SIZE": None}, "WORLD_SIZE: missing", "RANK = 0", "torchrun"),
     ranks("no LOCAL_RANK", {"LOCAL_RANK": None}, "LOCAL_RANK: missing", "start the ranks with"),
     ranks("no MASTER_ADDR", {"MASTER_ADDR": None}, "MASTER_ADDR: missing", "WORLD_SIZE = 2"),
+    ranks("no MASTER_PORT", {"MASTER_PORT": None}, "MASTER_PORT: missing", "WORLD_SIZE = 2"),
+    ranks("a port in words", {"MASTER_PORT": "http"}, "MASTER_PORT = http", "integer ≥ 0"),
     ranks("a size in words", {"WORLD_SIZE": "two"}, "WORLD_SIZE = two", "integer ≥ 1"),
     ranks("a size of nothing", {"WORLD_SIZE": ""}, "WORLD_SIZE = ", "integer ≥ 1"),
     ranks("a size of 0", {"WORLD_SIZE": "0"}, "WORLD_SIZE = 0", "integer ≥ 1"),
