@@ -93,19 +93,16 @@ def integer(minimum: int, maximum: int = MAX_INTEGER) -> Kind:
     return Kind(name, parse)
 
 
-def number(
-    minimum: float = -math.inf, *, above: float = -math.inf, below: float = math.inf
-) -> Kind:
-    """A finite number with `minimum <= value`, `above < value` and `value < below`."""
+def number(minimum: float = -math.inf, *, above: float = -math.inf) -> Kind:
+    """A finite number with `minimum <= value` and `above < value`."""
     limits = [
         *([f"≥ {minimum:g}"] if math.isfinite(minimum) else []),
         *([f"> {above:g}"] if math.isfinite(above) else []),
-        *([f"< {below:g}"] if math.isfinite(below) else []),
     ]
     name = " ".join(["number", " and ".join(limits)]).strip()
 
     def parse(path: str, value: Any) -> int | float:
-        if not is_number(value) or not (minimum <= value and above < value < below):
+        if not is_number(value) or not (minimum <= value and above < value):
             raise wrong(path, value, f"expected {_article(name)}{_unquoted(value)}")
         return value
 

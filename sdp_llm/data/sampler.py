@@ -223,17 +223,6 @@ def samples_at(
     return order
 
 
-def batch_indices(
-    seed: int, step: int, global_batch_size: int, num_samples: int
-) -> npt.NDArray[np.int64]:
-    """Return the samples of optimizer step ``step`` (from 0), int64 of shape [global_batch_size].
-
-    It holds while the global batch size never changes; after a change go by the samples consumed
-    (:func:`samples_at`, :func:`batch_for_rank`).
-    """
-    return samples_at(seed, step * global_batch_size, global_batch_size, num_samples)
-
-
 def rank_slice(global_batch_size: int, rank: int, world_size: int) -> slice:
     """Return rank ``rank``'s part of the global batch: the rank-th contiguous slice.
 

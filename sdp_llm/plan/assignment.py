@@ -74,10 +74,6 @@ class Plan:
         """Number of free blocks that a rank owns."""
         return len(self.owned_blocks(rank)) - len(self.pinned)
 
-    def owned_share(self, rank: int) -> Fraction:
-        """Share of all blocks, pinned ones included, that a rank owns."""
-        return Fraction(len(self.owned_blocks(rank)), self.num_blocks)
-
     def fingerprint(self) -> str:
         """16 hex digits over world size and owner sets; ranks with the same plan agree on it."""
         text = f"{self.world_size}:{self.owner_sets}"

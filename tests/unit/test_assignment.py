@@ -122,7 +122,6 @@ def test_plan_properties() -> None:
     assert [plan.load(rank) for rank in range(3)] == [2, 2, 1]
     assert plan.distinct_owner_sets == ((0, 1, 2), (0, 1), (2,))
     assert plan.coverage == Fraction(5, 9)
-    assert plan.owned_share(2) == Fraction(1, 2)
 
 
 def test_world_set_comes_first_without_pinned_blocks() -> None:

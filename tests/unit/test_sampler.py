@@ -11,7 +11,6 @@ from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from sdp_llm.data.sampler import (
     PackedDataset,
     batch_for_rank,
-    batch_indices,
     permute,
     rank_slice,
     samples_at,
@@ -64,7 +63,7 @@ def test_huge_corpora_cost_nothing() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 15, 25])
 def test_any_cut_of_the_run_gives_the_same_samples(batch: int) -> None:
     whole = samples_at(5, 0, 75, 10)  # 7.5 epochs
-    parts = [batch_indices(5, step, batch, 10) for step in range(75 // batch)]
+    parts = [samples_at(5, step * batch, batch, 10) for step in range(75 // batch)]
     assert np.array_equal(np.concatenate(parts), whole)
     for epoch in range(7):
         assert sorted(whole[epoch * 10 : epoch * 10 + 10]) == list(range(10))
