@@ -26,13 +26,20 @@ DEEP, SHALLOW = Model(32, 16), Model(32, 4)
 # input starts as large as in the models that transformers' default is meant for.
 LARGER_START = replace(WIDE, initializer_range=0.07)
 _RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
-# The learning rates that are tried with seed 0, by family, and the budget they are tried with.
-GRIDS: Mapping[Model, tuple[Mapping[str, tuple[float, ...]], int]] = {
-    BASE: ({DENSE: _RATES, HALF: _RATES}, STEPS),
-    NARROW: ({DENSE: _RATES[1:4], HALF: _RATES[2:]}, STEPS),
-    WIDE: ({DENSE: _RATES[1:4], HALF: _RATES[1:4]}, STEPS),
-    DEEP: ({DENSE: _RATES[1:3], HALF: _RATES[1:3]}, STEPS),
-    WIDEST: ({DENSE: _RATES[:2], HALF: _RATES[:2]}, STEPS // 2),
+# By model and family: the learning rates that are tried with seed 0, and the budget they are tried
+# with. The shallow dense model takes that of the deeper one, as all of fewer blocks do.
+GRIDS: Mapping[tuple[Model, str], tuple[tuple[float, ...], int]] = {
+    (BASE, DENSE): (_RATES, STEPS),
+    (BASE, HALF): (_RATES, STEPS),
+    (NARROW, DENSE): (_RATES[1:4], STEPS),
+    (NARROW, HALF): (_RATES[2:], STEPS),
+    (SHALLOW, HALF): (_RATES[:4], STEPS),
+    (WIDE, DENSE): (_RATES[1:4], STEPS),
+    (WIDE, HALF): (_RATES[1:4], STEPS),
+    (DEEP, DENSE): (_RATES[1:3], STEPS),
+    (DEEP, HALF): (_RATES[1:3], STEPS),
+    (WIDEST, DENSE): (_RATES[:2], STEPS // 2),
+    (WIDEST, HALF): (_RATES[:2], STEPS // 2),
 }
 SWEEP = 0
 
@@ -54,13 +61,13 @@ def _swept(case: Case) -> Model:
     """
     models = (case.model, case.reference or BASE)
     plain = [replace(m, dropout=0.0, initializer_range=INITIALIZER_RANGE) for m in models]
-    return plain[0] if plain[0] in GRIDS else plain[1]
+    return plain[0] if (plain[0], case.family) in GRIDS else plain[1]
 
 
 def sweep(model: Model, family: str) -> list[Run]:
     """The runs that choose the learning rate of a model."""
-    grid, steps = GRIDS[model]
-    return [Run(Case(model, family, steps), rate, 0) for rate in grid[family]]
+    rates, steps = GRIDS[model, family]
+    return [Run(Case(model, family, steps), rate, 0) for rate in rates]
 
 
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:

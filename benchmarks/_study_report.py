@@ -64,19 +64,18 @@ def _is_on_front(case: Case) -> bool:
 
 def _rates_page(results: Results) -> str:
     rows = []
-    for model in GRIDS:
-        for family in (DENSE, HALF):
-            runs = sweep(model, family)
-            losses = [results.by_run.get(run, {}).get("loss") for run in runs]
-            cells = [
-                f"{run.rate:g}: {loss:.3f}"
-                for run, loss in zip(runs, losses, strict=True)
-                if loss is not None
-            ]
-            best = results.rates.get((model, family))
-            is_edge = best in (runs[0].rate, runs[-1].rate)
-            chosen = "-" if best is None else f"{best:g}" + (" (edge of the grid)" * is_edge)
-            rows.append([f"{model}, {family}", str(GRIDS[model][1]), ", ".join(cells), chosen])
+    for (model, family), (_, steps) in GRIDS.items():
+        runs = sweep(model, family)
+        losses = [results.by_run.get(run, {}).get("loss") for run in runs]
+        cells = [
+            f"{run.rate:g}: {loss:.3f}"
+            for run, loss in zip(runs, losses, strict=True)
+            if loss is not None
+        ]
+        best = results.rates.get((model, family))
+        is_edge = best in (runs[0].rate, runs[-1].rate)
+        chosen = "-" if best is None else f"{best:g}" + (" (edge of the grid)" * is_edge)
+        rows.append([f"{model}, {family}", str(steps), ", ".join(cells), chosen])
     return markdown_table(["model", "dense steps", "rate: loss", "chosen"], rows)
 
 

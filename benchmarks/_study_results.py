@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._study_cases import DENSE, HALF, KINDS, Case, Run
+from benchmarks._study_cases import KINDS, Case, Run
 from benchmarks._study_plan import GRIDS, Rates, learning_rate, sweep
 
 TOGETHER = "runs.jsonl"
@@ -71,10 +71,9 @@ def write_together(results: Results, path: Path) -> None:
 def best_rates(by_run: Mapping[Run, Mapping[str, Any]]) -> Rates:
     """The rate of the lowest loss, of every sweep that is complete."""
     rates = {}
-    for model in GRIDS:
-        for family in (DENSE, HALF):
-            runs = sweep(model, family)
-            if all(run in by_run for run in runs):
-                best = min(runs, key=lambda run: by_run[run]["loss"])
-                rates[model, family] = best.rate
+    for model, family in GRIDS:
+        runs = sweep(model, family)
+        if all(run in by_run for run in runs):
+            best = min(runs, key=lambda run: by_run[run]["loss"])
+            rates[model, family] = best.rate
     return rates

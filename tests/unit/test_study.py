@@ -32,6 +32,7 @@ from benchmarks._study_plan import (
     BASE,
     GRIDS,
     QUESTIONS,
+    SHALLOW,
     STEPS,
     TIERS,
     WIDE,
@@ -59,7 +60,7 @@ from sdp_llm.simulation import Simulation
 from sdp_llm.training.budget import run_size, total_steps
 from sdp_llm.training.inputs import load_inputs
 
-RATES = {(model, family): 0.004 for model in GRIDS for family in (DENSE, HALF)}
+RATES = dict.fromkeys(GRIDS, 0.004)
 CASES = tuple(dict.fromkeys(case for cases in QUESTIONS.values() for case in cases))
 
 
@@ -94,6 +95,10 @@ def test_models_without_a_sweep_take_the_rate_of_the_base() -> None:
     assert learning_rate(Case(BASE, "backward 1/2", 10), rates) == 0.004
     assert learning_rate(Case(WIDE, DENSE, 10), rates) == 0.002
     assert learning_rate(Case(Model(64, 5), DENSE, 10, reference=WIDE), rates) == 0.002
+    # Swept for SDP alone.
+    rates[SHALLOW, HALF] = 0.016
+    assert learning_rate(Case(SHALLOW, HALF, 10), rates) == 0.016
+    assert learning_rate(Case(SHALLOW, DENSE, 10), rates) == 0.008
 
 
 def test_the_best_rate_is_chosen_from_a_complete_sweep_only() -> None:
