@@ -225,7 +225,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Kind]] = {
         **_WARMUP,
     },
 }
-DEFAULT_WARMUP_STEPS = 1000  # of all three
+DEFAULT_WARMUP_STEPS = 1000  # of all that warm up
 REQUIRED_SCHEDULER_PARAMS: Mapping[str, tuple[str, ...]] = {
     "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
     "WarmupDecayLR": ("total_num_steps",),

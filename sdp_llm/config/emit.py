@@ -131,11 +131,11 @@ def check_warmup(scheduler: SchedulerConfig, total_steps: int) -> None:
     total = total_steps if total == AUTO else total
     if total is None:
         return
-    is_default = " (the default)" if warmup is None else ""
+    origin = " (the default)" if warmup is None else ""
     warmup = DEFAULT_WARMUP_STEPS if warmup is None else warmup
     if warmup > total:
         raise ConfigError(
-            f"scheduler.params.warmup_num_steps = {warmup}{is_default}: longer than "
+            f"scheduler.params.warmup_num_steps = {warmup}{origin}: longer than "
             f"total_num_steps = {total}, in which {scheduler.type} warms up and decays; use fewer "
             f"than {total}"
         )

@@ -129,8 +129,8 @@ def _changes(
             f"warning: train_batch_size = {trainer['global_batch']} before, {batch} now: the data "
             "go on with the next unseen sample, schedules count steps"
         )
-        if run.training.tokens is not None:
-            last = steps_from(run, inputs.batch, position, total_steps)
+        last = steps_from(run, inputs.batch, position, total_steps)
+        if run.training.tokens is not None and last != total_steps:
             yield (
                 f"warning: training.tokens are used up at step {last:,}; phases, and a scheduler "
                 f'with total_num_steps = "auto", end at step {total_steps:,}, as if this had been '

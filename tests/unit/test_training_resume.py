@@ -133,6 +133,11 @@ def test_another_learning_rate_says_what_it_does(
     assert warning.startswith("warning: optimizer.params.lr = 0.0003 before, 0.0001 now: " + effect)
 
 
+def test_another_batch_of_a_budget_of_steps_ends_where_it_did() -> None:
+    [line] = said(prepared(50), prepared(50, train_batch_size=16), 60)
+    assert line.startswith("warning: train_batch_size = 8 before, 16 now: ")
+
+
 @pytest.mark.parametrize(("batch", "last", "total"), [(16, 80, 50), (4, 140, 200)])
 def test_another_batch_of_a_budget_of_tokens_says_where_it_ends(
     batch: int, last: int, total: int
