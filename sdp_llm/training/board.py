@@ -38,7 +38,7 @@ class Board:
     """Publishes this rank's state, and knows the others' and the notice that ends the run.
 
     All calls of the store are made in one thread, which is lost when one of them hangs: nothing
-    here waits for it.
+    here waits for it longer than ``DEAD_S``.
 
     :param state: what to publish, JSON only; called in that thread.
     """
@@ -60,9 +60,14 @@ class Board:
         self._thread.start()
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Say nothing more, and end the thread, unless the store hangs.
+
+        Were it to come back from the store while Python ends, the process would abort: status 134
+        of a run that has finished.
+        """
         self._is_closed = True
         self._changed.set()
+        self._thread.join(DEAD_S)
 
     @property
     def notice(self) -> Notice | None:

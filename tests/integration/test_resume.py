@@ -418,7 +418,7 @@ def test_a_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     assert "File too large" in outcome.said
     entry = status(tmp_path / "run")
     assert (entry["state"], entry["checkpoint"]) == ("finished", "checkpoints/step-6")
-    assert entry["warning"].startswith("step 4: rank 1: cannot write")
+    assert entry["warning"].startswith("step 4: rank 1: cannot read or write")
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step-5", "step-6", "latest"}
 

@@ -266,6 +266,27 @@ def test_a_store_that_is_dead_is_no_obstacle(
     assert "the ranks' store does not answer; look at rank 0" in capfd.readouterr().err
 
 
+def test_no_call_of_the_store_is_under_way_when_python_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            called.set()
+            time.sleep(0.5)
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    called = threading.Event()
+    monkeypatch.setattr(board, "connect", lambda _: Slow())
+    monkeypatch.setattr(board, "prefixed", lambda store: store)
+    one = Board(0, 2, lambda sent: {})
+    one.start()
+    assert called.wait(10)
+    one.close()
+    assert not one.is_open
+
+
 def test_the_first_notice_counts(store: dist.TCPStore) -> None:
     boards = [Board(rank, 2, lambda sent, rank=rank: {"r": rank, "sent": sent}) for rank in (0, 1)]
     for one in boards:
