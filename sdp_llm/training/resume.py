@@ -183,12 +183,9 @@ def _is_torchs(run: RunConfig) -> bool:
 
 def _starts_from_lr(run: RunConfig) -> bool:
     """Whether it is DeepSpeed's scheduler that multiplies the optimizer's rate, and keeps none."""
-    if run.scheduler is None:
+    if run.scheduler is None or "warmup_max_lr" in run.scheduler.params:
         return False
-    if run.scheduler.type == "WarmupCosineLR":
-        return True
-    is_warmup = run.scheduler.type in ("WarmupLR", "WarmupDecayLR")
-    return is_warmup and "warmup_max_lr" not in run.scheduler.params
+    return run.scheduler.type in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: int | None) -> str:
