@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ def write_together(results: Results, path: Path) -> None:
     """Write the results into one file, a line each, without the paths of where they were made."""
     lines = []
     for run, result in sorted(results.by_run.items(), key=lambda entry: entry[0].id):
-        command = "python benchmarks/study.py one --data DATA --output OUTPUT --run '{}'"
+        command = "python benchmarks/study.py one --data DATA --output OUTPUT --run "
         kept = {key: value for key, value in result.items() if key not in ("config", "cost")}
-        kept["command"] = command.format(json.dumps(run.to_json()))
+        kept["command"] = command + shlex.quote(json.dumps(run.to_json()))
         lines.append(json.dumps(kept) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -12,41 +12,52 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
+from sdp_llm.cli import run_command, say_error
 from sdp_llm.errors import ConfigError
 
 
 def note(message: str) -> None:
     """Print a line on stderr; on a terminal it takes the place of the progress line."""
-    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
-    print(clear + message, file=sys.stderr, flush=True)
+    _clear_line()
+    print(message, file=sys.stderr, flush=True)
+
+
+def _clear_line() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[2K")
 
 
 def run_script(
     script: str, run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 ) -> int:
-    """Call ``run`` and turn what a person can cause into one line on stderr and a status.
+    """:func:`~sdp_llm.cli.run_command` for what also fails when a disk or a network does.
 
-    :returns: 0, 2 for wrong input, 1 for a failing disk or network, 130 when interrupted.
+    :returns: the exit status: 1 for a failing disk or network.
     """
+
+    def run_and_clear(arguments: argparse.Namespace) -> None:
+        try:
+            run(arguments)
+        except BaseException:
+            _clear_line()
+            raise
+
     try:
-        run(arguments)
-    except (ConfigError, OSError) as error:
-        note(f"{script}: error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        note(f"{script}: interrupted")
-        return 130
-    return 0
+        return run_command(script, run_and_clear, arguments)
+    except OSError as error:
+        if arguments.debug:
+            raise
+        say_error(script, error)
+        return 1
 
 
 class Progress:
     """One line on stderr: rewritten in place on a terminal, a new line now and then in a pipe."""
 
-    def __init__(self, label: str, stream: IO[str] | None = None) -> None:
+    def __init__(self, label: str) -> None:
         self._label = label
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = sys.stderr
         self._live = self._stream.isatty()
         self._interval = 0.2 if self._live else 5.0  # seconds
         self._next = 0.0  # the first call prints, so that a person sees at once that it runs

@@ -224,7 +224,8 @@ class GrowingCorpus:
         self._next_save = time.monotonic() + _SAVE_SECONDS
 
     def close(self) -> None:
-        """Close the files; what was not saved is lost."""
+        """Close the files; what was not saved is lost. A save has nothing to do then."""
+        self._files.clear()
         self._open_files.close()
 
     def finish(self, output: Path, manifest: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -279,7 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--name", help="configuration of the hub dataset, such as sample-10BT")
     add("--tokenizer", type=Path, required=True, help="folder that AutoTokenizer loads")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes (default: one a core)",
+    )
     add("--validation_fraction", type=float, default=0.005, help="share held out (default 0.005)")
     add("--max_documents", type=int, help="stop after this many documents of the source")
     add("--max_document_megabytes", type=int, default=8, help="leave out longer texts (default 8)")

@@ -56,5 +56,4 @@ if __name__ == "__main__":
         "--model_config", metavar="PATH", help="config of the model (default: the saved one)"
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer to copy into the export")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sys.exit(run_command("export", export, parser.parse_args()))

@@ -54,5 +54,4 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", nargs="+", required=True, help="texts to continue")
     parser.add_argument("--tokens", type=int, default=48, help="to add to each prompt (default 48)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sys.exit(run_command("generate", generate, parser.parse_args()))

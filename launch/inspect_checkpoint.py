@@ -44,5 +44,4 @@ if __name__ == "__main__":
         "checkpoint",
         help="a checkpoint, or a run folder or folder of checkpoints, whose latest one is read",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sys.exit(run_command("inspect_checkpoint", inspect, parser.parse_args()))

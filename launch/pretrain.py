@@ -39,7 +39,6 @@ def pretrain(arguments: argparse.Namespace) -> None:
         from sdp_llm.training.agreement import agree_on_start, facts_of
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.exhausted import out_of_memory_explained
-        from sdp_llm.training.prediction import predict
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
         from sdp_llm.training.watchdog import FIRST_STEP_FACTOR, Watchdog
@@ -56,9 +55,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
         stop.hear_sigterm()
         folder = RunFolder(run, inputs.schedule, here.rank == 0, resume=arguments.resume)
         # Building the model and reading a checkpoint may take too much as well.
-        with out_of_memory_explained(
-            run, inputs, lambda: predict(run, inputs), here.rank, lambda: 0
-        ):
+        with out_of_memory_explained(run, inputs, here.rank):
             backend = EngineBackend(run, inputs, stop.is_set)
             train(run, inputs, backend, folder, arguments.resume, watchdog)
         stop.settle()

@@ -39,5 +39,4 @@ if __name__ == "__main__":
         "--output", metavar="FILE", help="the page (default: report.html in the first run's folder)"
     )
     parser.add_argument("--png", metavar="DIR", help="also write each chart as a PNG there")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sys.exit(run_command("report", report, parser.parse_args()))

@@ -28,7 +28,8 @@ STATUS: Mapping[type[Exception], int] = {ConfigError: 2, TrainingStopped: 3, Ran
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all others, and end with status 2.
 
-    An abbreviation is no argument: it could be a slip.
+    An abbreviation is no argument: it could be a slip. All commands have ``--debug``, for
+    :func:`run_command`.
 
     :param text: the command's docstring: what stands above the arguments, and below them.
     """
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         name = Path(self.prog).stem
@@ -89,7 +91,6 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         help="override values of the config, such as --set sdp.coverage=1 steps_per_print=1; null "
         "removes a key",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Launchers add these by themselves.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

@@ -64,7 +64,7 @@ def export_checkpoint(
         reader = CheckpointReader(checkpoint, stack)
         config = config or _saved_config(reader)
         # The attention does not matter, and a saved config may name one that is not here.
-        model = empty_model(type(config).from_dict(config.to_dict()), "eager")
+        model = empty_model(config, "eager")
         tensors = _ModelTensors(reader, model, config, dtype or _trained_dtype(reader.state))
         files = _split(tensors.entries, max_file_bytes)
         _check_space(output, sum(entry.nbytes for entry in tensors.entries))

@@ -143,7 +143,7 @@ class SDPConfig:
         if not given.keys().isdisjoint(_OWNER_KEYS):
             # Whichever of them the phase names replaces whichever the section names.
             given = dict.fromkeys(_OWNER_KEYS) | given
-        if phase.masking == "backward":
+        if (phase.masking or self.masking) == "backward":
             given["residual_scale"] = "none"  # it has no effect there
         return replace(self, schedule=None, **given)
 

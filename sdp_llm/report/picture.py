@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from sdp_llm.plan import Schedule
+from sdp_llm.plan import Phase, Plan, Schedule
 from sdp_llm.report.scale import linear_ticks, value_text
 from sdp_llm.report.svg import asset, pixels, tag, text
 
@@ -34,27 +33,28 @@ class PhasePicture:
 
 def phases_of_schedule(schedule: Schedule) -> list[PhasePicture]:
     """The phases of a schedule, each before its rotations."""
-    return _pictures([phase.as_dict() for phase in schedule.phases], schedule.world_size)
+    return _pictures(schedule.phases)
 
 
 def phases_of_record(plan: Mapping[str, Any]) -> list[PhasePicture]:
     """The phases that a run folder's ``plan.json`` has."""
-    return _pictures(plan.get("phases", []), int(plan.get("world_size", 0)))
+    world_size = int(plan.get("world_size", 0))
+    return _pictures([_recorded(phase, world_size) for phase in plan.get("phases", [])])
 
 
-def _pictures(phases: Sequence[Mapping[str, Any]], world_size: int) -> list[PhasePicture]:
+def _recorded(phase: Mapping[str, Any], world_size: int) -> Phase:
+    owners = tuple(tuple(ranks) for ranks in phase["owners"])
+    plan = Plan(world_size, owners, tuple(phase.get("pinned", ())), "explicit", 0)
+    return Phase(phase["start"], phase["stop"], plan, phase["masking"], phase["rotate_every"], 0)
+
+
+def _pictures(phases: Sequence[Phase]) -> list[PhasePicture]:
     found = []
     for i, phase in enumerate(phases, 1):
-        owners = tuple(tuple(ranks) for ranks in phase["owners"])
-        pinned = frozenset(phase.get("pinned", ()))
-        free = [ranks for b, ranks in enumerate(owners) if b not in pinned]
-        coverage = Fraction(sum(map(len, free)), world_size * len(free)) if free else 1
-        what = f"coverage {coverage}, {phase['masking']} masking"
-        if phase["rotate_every"]:
-            what += f", rotating every {phase['rotate_every']:,} steps"
-        when = f"phase {i}: steps {phase['start'] + 1:,} to {phase['stop']:,}"
-        lines = (when, what) if len(phases) > 1 else (what,)
-        found.append(PhasePicture(lines, world_size, owners, pinned))
+        when = f"phase {i}: steps {phase.start + 1:,} to {phase.stop:,}"
+        lines = (when, str(phase)) if len(phases) > 1 else (str(phase),)
+        plan = phase.plan
+        found.append(PhasePicture(lines, plan.world_size, plan.owner_sets, frozenset(plan.pinned)))
     return found
 
 

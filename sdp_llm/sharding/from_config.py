@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from datetime import timedelta
 from typing import TypeAlias
@@ -89,8 +88,7 @@ def _pretrained(source: Source, run: RunConfig) -> PretrainedWeights | None:
     def open_it() -> str:
         assert run.model is not None
         assert run.model.init_from is not None
-        # Building a model changes its config.
-        model = empty_model(copy.deepcopy(source), run.model.attn_implementation)
+        model = empty_model(source, run.model.attn_implementation)
         opened.append(open_pretrained(run.model.init_from, model))
         # Every rank owns these, so that it reads nothing that it does not own.
         shared = [unit for unit in model_layout(model).units if unit.block is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -79,13 +80,16 @@ def empty_model(
 
     Buffers (rotary frequencies) are small and computed by the constructor, so they are real.
 
+    :param config: the model has a copy of it, which building and running it may change.
     :param attn_implementation: transformers' name of an attention; None lets it choose.
     :raises ConfigError: when transformers has no causal language model for this config.
     """
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attn_implementation
+                copy.deepcopy(config),
+                dtype=torch.float32,
+                attn_implementation=attn_implementation,
             )
     except Exception as error:  # whatever wrong numbers lead to in a model's own code
         reason = said_by_transformers(error)

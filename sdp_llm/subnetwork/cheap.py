@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -24,7 +22,6 @@ def cheap_model(
 
     :returns: the model, and the blocks of the whole one by kind.
     """
-    config = copy.deepcopy(config)  # building and running a model changes it
     model = empty_model(config, attn_implementation).eval()
     layout = model_layout(model)
     _, blocks = find_blocks(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -107,7 +106,6 @@ def model_size(
     :raises ConfigError: for a model whose cost depends on the data (mixture of experts), whose
         blocks cannot be skipped, or whose loss cannot be computed in pieces.
     """
-    config = copy.deepcopy(config)  # building and running a model changes it
     attention = "eager" if attn_implementation == "eager" else "sdpa"
     model = empty_model(config, attention)
     model.config.use_cache = False

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.config import RunConfig
-from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.errors import TrainingStopped
 from sdp_llm.plan.tables import number, unit_for
 from sdp_llm.training.inputs import Inputs
-from sdp_llm.training.prediction import Prediction
+from sdp_llm.training.prediction import Prediction, predict
 
 
 @contextmanager
-def out_of_memory_explained(
-    run: RunConfig,
-    inputs: Inputs,
-    predict: Callable[[], Prediction | ConfigError],
-    rank: int,
-    step: Callable[[], int],
-) -> Iterator[None]:
+def out_of_memory_explained(run: RunConfig, inputs: Inputs, rank: int) -> Iterator[None]:
     """Within, what the allocator of a device cannot give ends training with one line.
 
-    :param predict: what the run was predicted to need.
-    :param step: how many steps are over.
     :raises TrainingStopped: for ``torch.OutOfMemoryError``.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingStopped(_line(error, run, inputs, predict(), rank, step())) from error
+        raise TrainingStopped(_line(error, run, inputs, rank, ACTIVITY.step)) from error
 
 
 def _line(
-    error: torch.OutOfMemoryError,
-    run: RunConfig,
-    inputs: Inputs,
-    prediction: Prediction | ConfigError,
-    rank: int,
-    step: int,
+    error: torch.OutOfMemoryError, run: RunConfig, inputs: Inputs, rank: int, step: int
 ) -> str:
     said = str(error).split("\n")[0].split(". GPU ")[0].rstrip(".")
     needed = "what this model needs is not known"
+    prediction = predict(run, inputs)
     if isinstance(prediction, Prediction):
         memory = prediction.memory(rank, step)
         unit, divisor = unit_for(memory.total)

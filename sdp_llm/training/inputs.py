@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +54,7 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     batch = resolve_batch(run, world_size)
     model = run_model_config(run.model)
     text = model.get_text_config()
-    # Building a model changes its config.
-    whole = empty_model(copy.deepcopy(model), run.model.attn_implementation)
+    whole = empty_model(model, run.model.attn_implementation)
     model_layout(whole)
     if run.model.init_from is not None:
         open_pretrained(run.model.init_from, whole)

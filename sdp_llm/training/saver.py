@@ -57,6 +57,7 @@ class Saver:
     A periodic save that fails is told to the person and the run goes on: the checkpoints before it
     are as they were, and the next one is tried when it is due.
 
+    :param budget: steps of the schedule, for who continues with another one.
     :param global_batch: samples per step, for who continues with another number.
     :param size: about the bytes of a checkpoint.
     :param saved_step: the step of the checkpoint in this folder that the run continues from.
@@ -70,6 +71,7 @@ class Saver:
         status: Status,
         say: Callable[[str], None],
         *,
+        budget: int,
         global_batch: int,
         size: int,
         saved_step: int | None = None,
@@ -79,6 +81,7 @@ class Saver:
         self._folder = folder
         self._status = status
         self._say = say
+        self._budget = budget
         self._global_batch = global_batch
         self._saved_step = saved_step
         self._pending: _Pending | None = None
@@ -99,7 +102,7 @@ class Saver:
         self._is_owed = is_due and was_skipped and not is_last
         return is_due and not self._is_owed
 
-    def save(self, position: Position, total_steps: int, *, can_wait: bool = False) -> str | None:
+    def save(self, position: Position, *, can_wait: bool = False) -> str | None:
         """Write a checkpoint and remove those that are no longer kept. Collective.
 
         :param can_wait: with ``training.async_save``, only begin it, for :meth:`finish_written`.
@@ -113,7 +116,7 @@ class Saver:
         state = {
             "trainer": asdict(position),
             "global_batch": self._global_batch,
-            "total_steps": total_steps,
+            "total_steps": self._budget,
         }
         try:
             begin(self._folder.checkpoints, tag_of(position.step), state)
@@ -183,7 +186,7 @@ class Saver:
         """
         self.finish()
         if position.step not in (0, self._saved_step):
-            reason = self.save(position, total_steps)
+            reason = self.save(position)
             if reason is not None:
                 raise TrainingStopped(
                     f"step {position.step}: asked to stop, but cannot save: {reason}; it goes on "

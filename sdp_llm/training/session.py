@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.agree import agree
 from sdp_llm.config import RunConfig
 from sdp_llm.plan import Plan, Schedule
@@ -57,6 +58,7 @@ def train(
 
     start = find_start(run, inputs, backend, resume)
     position = start.position
+    ACTIVITY.step = position.step
     steps = steps_from(run, inputs.batch, position, inputs.schedule.total_steps)
     for line in _start_lines(start, inputs.schedule, steps):
         say(line)
@@ -87,6 +89,7 @@ def train(
         folder,
         status,
         say,
+        budget=inputs.schedule.total_steps,
         global_batch=inputs.batch.global_batch,
         size=size,
         saved_step=position.step if is_own else None,
@@ -100,9 +103,7 @@ def train(
             trainer.memory_check = MemoryCheck(
                 prediction, backend.rank, lambda: model_state_bytes(backend.engine), say, folder.log
             )
-        with out_of_memory_explained(
-            run, inputs, lambda: prediction, backend.rank, lambda: trainer.step
-        ):
+        with out_of_memory_explained(run, inputs, backend.rank):  # the status has its line, too
             is_finished = trainer.fit()
     except BaseException as error:
         reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"

@@ -130,7 +130,7 @@ class Trainer:
         if self._saver is not None and not must_stop:
             self._saver.finish_written(result.is_written)
             if is_save_due:
-                self._saver.save(self.position, self.total_steps, can_wait=not is_last)
+                self._saver.save(self.position, can_wait=not is_last)
             self._saver.warn_if_too_slow(self._meter.last_step_seconds)
         return must_stop
 

@@ -333,6 +333,20 @@ def test_wrong_input(tmp_path: Path, corpus: Corpus, capsys: Captured) -> None:
         assert message in error
 
 
+def test_output_that_nobody_reads_is_no_error(tmp_path: Path, tokenizer: Path) -> None:
+    corpus = make(tmp_path / "data", tokenizer, [[WIDE, EOS]])
+    command = f"{sys.executable} data_prep/inspect_data.py {corpus.folder}"
+    made = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 141
+    assert "error" not in made.stderr
+
+
 def test_the_command_in_any_locale(tmp_path: Path, tokenizer: Path) -> None:
     corpus = make(tmp_path / "data", tokenizer, [[WIDE, EOS]])
     made = subprocess.run(

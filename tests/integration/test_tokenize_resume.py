@@ -129,6 +129,27 @@ def test_a_run_ends_from_any_state(
     assert not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("full"), 1)])
+def test_what_ends_a_run_at_its_checksums_says_how_to_go_on(
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", texts(20))
+
+    def fail(path: Path) -> str:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_corpus, "sha256_of", fail)
+        assert tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT) == status
+    assert "keeps what is done; the same command goes on from there" in capsys.readouterr().err
+    assert tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT) == 0
+
+
 def test_the_corpus_takes_its_name_and_is_not_copied(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,11 @@ def test_a_residual_scale_has_no_effect_in_a_phase_with_backward_masking() -> No
     }
     (_, forward), (_, backward) = parse_config({"sdp": raw}).sdp.phases()
     assert (forward.residual_scale, backward.residual_scale) == ("eval", "none")
+    # Nor where the phase has the section's masking.
+    raw = {**raw, "masking": "backward", "schedule": [{"until": 0.5, "masking": "forward"}]}
+    raw["schedule"] += [{"until": 1}]
+    (_, forward), (_, backward) = parse_config({"sdp": raw}).sdp.phases()
+    assert (forward.residual_scale, backward.residual_scale) == ("eval", "none")
 
 
 def test_a_section_without_a_schedule_is_one_phase() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,10 @@ def test_the_picture_has_a_cell_for_every_rank_and_block() -> None:
     texts = [element.text for element in root.iter(f"{SPACE}text")]
     assert "phase 2: steps 11 to 40" in texts
     assert "coverage 1/2, backward masking, rotating every 5 steps" in texts
+    each_step = replace(two_phases().phases[1], rotate_every=1)
+    assert "backward masking, rotating every step<" in plan_svg(
+        phases_of_schedule(Schedule((each_step,)))
+    )
 
 
 def test_a_large_plan_fits_the_page() -> None:

@@ -76,6 +76,13 @@ def assert_equal(one: Any, other: Any) -> None:
         assert torch.equal(value, other[1][name]), name
 
 
+def test_a_model_leaves_the_config_that_it_is_made_from() -> None:
+    config = copy.deepcopy(MODEL)
+    simulated = Simulation(config, HALF, adam)
+    assert simulated.model.config.use_cache is False
+    assert config.to_dict() == MODEL.to_dict()
+
+
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 def test_a_schedule_of_one_phase_equals_none(masking: str) -> None:
     alone = trained(masking=masking, coverage="1/2")

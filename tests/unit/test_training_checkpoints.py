@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,11 +140,13 @@ class Disk:
 
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
+        self.state: dict[str, Any] = {}
 
     def save(self, folder: Path, tag: str, state: dict) -> None:  # type: ignore[type-arg]
         if self.fails:
             raise ConfigError("rank 1: cannot write: full")
         (folder / tag).mkdir(parents=True)
+        self.state = state
 
 
 def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
@@ -151,7 +154,9 @@ def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
     folder = RunFolder(run, SCHEDULE, is_writer=True)
     status = Status(folder.path, 0, 100)
     status.write()
-    return Saver(run.training, disk, folder, status, said.append, global_batch=8, size=size)
+    return Saver(
+        run.training, disk, folder, status, said.append, budget=9, global_batch=8, size=size
+    )
 
 
 def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
@@ -167,17 +172,25 @@ def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
     [line] = said
     assert line.startswith("warning: a stop takes up to 30 s (two steps of 5.1 s and a save of 20.")
     slow = saver(tmp_path / "other", Disk(), said, size=20 * 10**9)
-    slow.save(Position(step=1), 100)  # it was quick
+    slow.save(Position(step=1))  # it was quick
     for _ in range(5):
         slow.warn_if_too_slow(5.1)
     assert sum("warning" in line for line in said) == 1
+
+
+def test_a_checkpoint_has_the_budget_of_the_schedule(tmp_path: Path) -> None:
+    # Not where the run ends: after another batch, tokens are used up at another step, and who goes
+    # on would hear of another budget each time.
+    disk = Disk()
+    saver(tmp_path, disk, []).save(Position(step=7))
+    assert disk.state["total_steps"] == 9
 
 
 def test_saves_that_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = saver(tmp_path, Disk(), [])
     assert [step for step in (1, 999, 1000, 2000) if job.is_due(step, False)] == [1000, 2000]
     assert job.is_due(7, True)
-    job.save(Position(step=7), 7)
+    job.save(Position(step=7))
     assert not job.is_due(7, True)
 
 
@@ -185,7 +198,7 @@ def test_a_save_that_fails_is_a_warning_or_the_end(tmp_path: Path) -> None:
     said: list[str] = []
     disk = Disk(fails=True)
     job = saver(tmp_path, disk, said)
-    assert job.save(Position(step=3), 9) == "rank 1: cannot write: full"
+    assert job.save(Position(step=3)) == "rank 1: cannot write: full"
     assert said == ["warning: step 3: no checkpoint: rank 1: cannot write: full"]
     with pytest.raises(TrainingStopped, match="step 3: asked to stop, but cannot save: rank 1"):
         job.save_and_stop(Position(step=3), 9)
