@@ -8,11 +8,11 @@ from fractions import Fraction
 from typing import Any
 
 from benchmarks._record import GIB, markdown_table
+from benchmarks._time_model import Cluster, peer_step_time, sdp_step_time
 from sdp_llm.plan import Plan, make_plan
 from sdp_llm.plan.cost import sdp_cost
 from sdp_llm.plan.peers import peer_cost
 from sdp_llm.plan.size import CostSetup, ModelSize
-from sdp_llm.plan.step_time import Cluster, peer_step_time, sdp_step_time
 
 WORLD_SIZES = tuple(2**i for i in range(3, 11))  # 8 to 1,024
 SHOWN = (8, 64, 1024)

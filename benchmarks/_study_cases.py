@@ -12,8 +12,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from sdp_llm.config import parse_config
-from sdp_llm.plan.cost import steps_for_dense_flops
-from sdp_llm.plan.peers import dense_flops_per_token
+from sdp_llm.plan.cost import dense_flops_per_token, steps_for_dense_flops
 from sdp_llm.plan.schedule_cost import mean_flops_per_token
 from sdp_llm.plan.size import CostSetup, ModelSize
 from sdp_llm.subnetwork.measure import model_size

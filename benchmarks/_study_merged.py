@@ -85,7 +85,7 @@ def accumulate(
             loss.backward()
         total += loss.item()
     for unit in simulation.layout.units:
-        owners = n if unit.block is None else len(simulation.plan.owner_sets[unit.block])
+        owners = len(simulation.plan.owners(unit.block))
         for spec in unit.parameters:
             weight = simulation.model.get_parameter(spec.name)
             assert weight.grad is not None

@@ -16,9 +16,9 @@ from benchmarks._study_alignment import alignment
 from benchmarks._study_cases import FREE_RATES, WORLD_SIZE, Run
 from benchmarks._study_merged import accumulate
 from benchmarks._study_results import result_path
-from sdp_llm.checkpoint.together import replace_text
 from sdp_llm.config import RunConfig, parse_config
 from sdp_llm.data.sampler import validation_samples
+from sdp_llm.files import replace_text
 from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.plan import analyze
 from sdp_llm.subnetwork.init import module_seed

@@ -27,7 +27,7 @@ from benchmarks._record import markdown_table, write_results
 from benchmarks._scaled import at_world_size, run_case
 from benchmarks._scaling_picture import draw
 from benchmarks._systems import Workload, parse_system
-from sdp_llm.plan.step_time import Cluster
+from benchmarks._time_model import Cluster
 from sdp_llm.subnetwork.measure import load_model_config, model_size
 
 MIB = 2**20

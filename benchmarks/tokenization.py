@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from benchmarks._record import PACKAGES, markdown_table, write_results
 from benchmarks._text import MEGABYTE, ROWS_PER_GROUP, read_texts, repeated, write_texts
 from benchmarks._tokenizing import BareRun, PipelineRun, run_bare, run_pipeline
-from data_prep._common import note, sha256_of
+from data_prep._common import note
 from data_prep._pieces import PIECE_BYTES
 from data_prep._tokenizer import load_tokenizer
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of
 
 FORMATS = ("parquet", "jsonl")
 BARE, CALL, PIPELINE = "encode_batch_fast", "tokenizer(texts)", "tokenize_fineweb"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sdp_llm.cli import run_command, say_error
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sync
 
 
 def note(message: str) -> None:
@@ -158,14 +158,4 @@ def _clear(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Make a folder and all in it survive a power cut."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        sync(path)

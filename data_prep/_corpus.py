@@ -20,11 +20,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep._common import refuse_existing, sha256_of, sync_tree
+from data_prep._common import refuse_existing, sync_tree
 from data_prep._encoding import EncodedPiece
 from data_prep._seen import HASH, SeenTexts, in_validation
 from sdp_llm.data.indexed import write_index
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import replace_text, sha256_of
 
 SPLITS = ("train", "validation")
 DUPLICATE = "duplicate"
@@ -212,12 +213,7 @@ class GrowingCorpus:
         for stream in self._files.values():
             stream.flush()
             os.fsync(stream.fileno())
-        temporary = self.folder / "state.json.tmp"
-        with temporary.open("w") as text:
-            json.dump(asdict(self.state), text)
-            text.flush()
-            os.fsync(text.fileno())
-        temporary.rename(self.folder / "state.json")
+        replace_text(self.folder / "state.json", json.dumps(asdict(self.state)))
         for piece in self._committed:
             piece.remove()
         self._committed.clear()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data_prep._common import Progress, run_script, sha256_of
+from data_prep._common import Progress, run_script
 from data_prep._tokenizer import load_tokenizer
 from data_prep._verify import (
     MANIFEST,
@@ -38,6 +38,7 @@ from data_prep._verify import (
 from sdp_llm.cli import Parser
 from sdp_llm.data.indexed import IndexedDataset
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of
 
 _SCRIPT = "inspect_data"
 _CHUNK_DOCUMENTS = 1 << 20  # binned at a time: bounds the memory

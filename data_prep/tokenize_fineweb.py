@@ -36,7 +36,6 @@ from data_prep._common import (
     partial_of,
     refuse_existing,
     run_script,
-    sha256_of,
 )
 from data_prep._corpus import SPLITS, GrowingCorpus, State, check_settings
 from data_prep._encoding import Encoder, encode_pieces
@@ -45,6 +44,7 @@ from data_prep._pieces import PIECE_BYTES, Limits, Piece, cut
 from data_prep._source import Source, find_source
 from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of
 from sdp_llm.training.progress import duration
 
 __all__ = ["FORMAT_VERSION", "SPLITS", "main"]

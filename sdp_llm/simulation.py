@@ -140,9 +140,7 @@ class Simulation:
                     losses[rank] += loss.item()
                     self._collect(total)
         for unit in self.layout.units:
-            owners = self.plan.world_size
-            if unit.block is not None:
-                owners = len(self.plan.owner_sets[unit.block])
+            owners = len(self.plan.owners(unit.block))
             for spec in unit.parameters:
                 self.masters[spec.name].grad = total[spec.name] / owners
         return losses

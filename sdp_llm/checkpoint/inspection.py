@@ -15,8 +15,8 @@ from sdp_llm.checkpoint.find import is_plain_name
 from sdp_llm.checkpoint.load import CheckpointReader
 from sdp_llm.checkpoint.save import MANIFEST
 from sdp_llm.checkpoint.stream import read_header
-from sdp_llm.checkpoint.together import sha256_of
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of
 from sdp_llm.plan import make_plan, render_ownership
 
 

@@ -24,8 +24,8 @@ from sdp_llm.checkpoint.coverage import (
 )
 from sdp_llm.checkpoint.find import is_plain_name, named_by
 from sdp_llm.checkpoint.save import FORMAT_VERSION, LATEST, MANIFEST, STATE, seal
-from sdp_llm.checkpoint.together import sha256_of
 from sdp_llm.errors import ConfigError, DamagedCheckpoint
+from sdp_llm.files import sha256_of
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import MASTER, ParameterSlice
 from sdp_llm.subnetwork.build import Subnetwork

@@ -23,10 +23,10 @@ from sdp_llm.checkpoint.together import (
     SharedFolder,
     WrittenFile,
     agree,
-    replace_text,
     write_json,
 )
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import replace_text
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import MASTER
 

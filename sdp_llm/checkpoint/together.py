@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from sdp_llm.agree import agree
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of, sync
 
 # <fcntl.h> and <linux/fs.h>
 _AT_FDCWD = -100
@@ -31,16 +31,9 @@ class WrittenFile:
     sha256: str
 
 
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def written(path: Path) -> WrittenFile:
     """Flush a file to the disk and describe it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return WrittenFile(path.name, path.stat().st_size, sha256_of(path))
 
 
@@ -48,29 +41,6 @@ def write_json(path: Path, content: Any) -> WrittenFile:
     """Write ``content`` as JSON and describe the file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return written(path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old or the new text."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SharedFolder:
@@ -119,7 +89,7 @@ class SharedFolder:
                     path = self.partial / file.name
                     raise OSError(f"{path} is not there: not a shared file system")
             finish(self.partial, files)
-            sync_folder(self.partial)
+            sync(self.partial)
             _move_into_place(self.partial, self._folder)
 
         self._agree(give_name)
@@ -195,7 +165,7 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
         partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

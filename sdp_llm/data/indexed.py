@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sync
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -97,15 +98,6 @@ def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: npt.DTypeLi
             stream.write(part.astype("<i8", copy=False).tobytes())
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class IndexedDatasetWriter:
@@ -172,7 +164,7 @@ class IndexedDatasetWriter:
         # The index last: where it exists, its .bin is complete.
         for temporary, final in zip(self._temporary, self._final, strict=True):
             temporary.rename(final)
-        _sync_folder(self._final[0].parent)
+        sync(self._final[0].parent)
 
     def abort(self) -> None:
         """Remove what was written; nothing appears under the final names."""

@@ -62,6 +62,10 @@ class Plan:
         owners = sum(len(self.owner_sets[block]) for block in free)
         return Fraction(owners, self.world_size * len(free))
 
+    def owners(self, block: int | None) -> tuple[int, ...]:
+        """The ranks that train a block, ascending; None: the shared parameters, so all of them."""
+        return tuple(range(self.world_size)) if block is None else self.owner_sets[block]
+
     def owns(self, rank: int, block: int) -> bool:
         """Whether `rank` trains `block`."""
         return rank in self.owner_sets[block]

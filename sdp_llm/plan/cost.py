@@ -99,14 +99,14 @@ def sdp_cost(size: ModelSize, plan: Plan, setup: CostSetup) -> Cost:
 
 def trained_numel(size: ModelSize, plan: Plan, rank: int) -> int:
     """The parameters that one rank trains: the shared ones and those of its blocks."""
-    return sum(unit.numel for unit in size.units if rank in _owners(plan, unit))
+    return sum(unit.numel for unit in size.units if rank in plan.owners(unit.block))
 
 
 def rank_memory(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> MemoryCost:
     """The bytes that one rank holds."""
-    owned = [unit for unit in size.units if rank in _owners(plan, unit)]
+    owned = [unit for unit in size.units if rank in plan.owners(unit.block)]
     whole = sum(unit.numel for unit in owned)
-    shards = sum(unit.numel / len(_owners(plan, unit)) for unit in owned)
+    shards = sum(unit.numel / len(plan.owners(unit.block)) for unit in owned)
     stored = size.numel if setup.masking == "backward" else whole
     return MemoryCost(
         weights=setup.weight_bytes * stored,
@@ -128,7 +128,7 @@ def rank_traffic(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> fl
     per_element = {0: 2 * r, 1: r + w, 2: setup.accumulation * r + w}[setup.stage]
     sent = 0.0
     for unit in size.units:
-        owners = _owners(plan, unit)
+        owners = plan.owners(unit.block)
         if rank not in owners:
             continue
         p = len(owners)
@@ -147,11 +147,20 @@ def rank_flops_per_token(size: ModelSize, plan: Plan, setup: CostSetup, rank: in
     appendix B). A frozen block has no gradient of the weights; checkpointing runs each block
     forward once more.
     """
+    return _flops_per_token(size, setup, plan.owned_blocks(rank))
+
+
+def dense_flops_per_token(size: ModelSize, setup: CostSetup) -> float:
+    """Operations per token of the whole model, counted as for :func:`rank_flops_per_token`."""
+    return _flops_per_token(size, setup, range(len(size.blocks)))
+
+
+def _flops_per_token(size: ModelSize, setup: CostSetup, owned: Sequence[int]) -> float:
     attention = 4.0 * size.attention_width * size.sequence_length
     again = 1 if setup.gradient_checkpointing else 0
     flops = 6.0 * size.shared_matmul_numel
     for b, block in enumerate(size.blocks):
-        is_owned = plan.owns(rank, b)
+        is_owned = b in owned
         if not is_owned and setup.masking == "forward":
             continue
         matmul_passes = again + (3 if is_owned else 2)
@@ -181,10 +190,6 @@ def _total(memory: MemoryCost) -> int:
     return memory.total
 
 
-def _owners(plan: Plan, unit: UnitSize) -> Sequence[int]:
-    return range(plan.world_size) if unit.block is None else plan.owner_sets[unit.block]
-
-
 def _activations(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> int:
     total = size.shared_activations + size.passing_activations
     for b, block in enumerate(size.blocks):
@@ -197,4 +202,6 @@ def _activations(size: ModelSize, plan: Plan, setup: CostSetup, rank: int) -> in
 
 def _transient(owned: Sequence[UnitSize], plan: Plan, setup: CostSetup) -> int:
     groups = [list(pieces) for _, pieces in groupby(owned, key=lambda unit: unit.block)]
-    return transient_bytes([(len(_owners(plan, pieces[0])), pieces) for pieces in groups], setup)
+    return transient_bytes(
+        [(len(plan.owners(pieces[0].block)), pieces) for pieces in groups], setup
+    )

@@ -7,7 +7,7 @@ which sends twice as much), and buffers no larger than a unit (DeepSpeed allocat
 
 from __future__ import annotations
 
-from sdp_llm.plan.cost import ComputeCost, Cost, MemoryCost, TrafficCost
+from sdp_llm.plan.cost import ComputeCost, Cost, MemoryCost, TrafficCost, dense_flops_per_token
 from sdp_llm.plan.size import FP32_BYTES, CostSetup, ModelSize
 
 # FSDP2 with reshard_after_forward=False: gathered weights stay until the backward pass.
@@ -46,15 +46,6 @@ def check_peer(peer: str) -> None:
     """
     if peer not in PEERS:
         raise ValueError(f"peer = {peer!r}: expected one of {'; '.join(PEERS)}")
-
-
-def dense_flops_per_token(size: ModelSize, setup: CostSetup) -> float:
-    """Operations per token of the whole model; conventions of `cost.rank_flops_per_token`."""
-    passes = 4 if setup.gradient_checkpointing else 3
-    attention = 4.0 * size.attention_width * size.sequence_length
-    matmul = sum(block.matmul_numel for block in size.blocks)
-    blocks = passes * (2.0 * matmul + len(size.blocks) * attention)
-    return 6.0 * size.shared_matmul_numel + blocks
 
 
 def _state_per_parameter(n: int, setup: CostSetup, peer: str) -> tuple[float, float, float]:

@@ -73,7 +73,7 @@ class GradientProbe:
         layouts = self._sharded.subnetwork.layout.units
         for layout, row in zip(layouts, self._sums.tolist(), strict=True):
             directions, count, square = row
-            p = plan.world_size if layout.block is None else len(plan.owner_sets[layout.block])
+            p = len(plan.owners(layout.block))
             cosine = (directions - count) / (p * (p - 1)) if p > 1 else None
             found[layout.name] = (square**0.5, cosine)
         return found

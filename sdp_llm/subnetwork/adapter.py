@@ -64,14 +64,6 @@ class ModelLayout:
     def numel(self) -> int:
         return sum(unit.numel for unit in self.units)
 
-    def block_numel(self) -> tuple[int, ...]:
-        """Parameters of each block, by block index."""
-        sizes = [0] * self.num_blocks
-        for unit in self.units:
-            if unit.block is not None:
-                sizes[unit.block] += unit.numel
-        return tuple(sizes)
-
 
 def empty_model(
     config: PretrainedConfig, attn_implementation: str | None = "sdpa"

@@ -49,9 +49,7 @@ class Subnetwork:
 
     def owners(self, unit: UnitLayout) -> tuple[int, ...]:
         """The ranks that train ``unit``, ascending."""
-        if unit.block is None:
-            return tuple(range(self.plan.world_size))
-        return self.plan.owner_sets[unit.block]
+        return self.plan.owners(unit.block)
 
     def holds(self, unit: UnitLayout) -> bool:
         """Whether this rank stores the weights of ``unit``: it owns it, or runs it frozen."""

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdp_llm.checkpoint.save import LATEST
-from sdp_llm.checkpoint.together import replace_text, sync_folder
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import replace_text, sync
 from sdp_llm.plan.size import FP32_BYTES, setup_from_config
 from sdp_llm.training.environment import device_type
 
@@ -41,7 +41,7 @@ def remove(folder: Path, steps: Iterable[int]) -> None:
         doomed = folder / f".{tag_of(step)}.removed"
         shutil.rmtree(doomed, ignore_errors=True)
         (folder / tag_of(step)).rename(doomed)
-        sync_folder(folder)
+        sync(folder)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

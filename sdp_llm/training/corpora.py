@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from sdp_llm.data import BlendedDataset, IndexedDataset, PackedDataset, Training
 from sdp_llm.data.manifest import read_manifest
 from sdp_llm.data.vocabulary import id_outside
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import sha256_of
 
 _LONG = 1 << 30  # bytes; reading fewer takes less time than importing torch
 
@@ -116,8 +116,7 @@ def check_tokenizer_of(corpora: Mapping[str, PackedDataset], folder: str) -> Non
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         return
-    with file.open("rb") as stream:
-        own = hashlib.file_digest(stream, "sha256").hexdigest()
+    own = sha256_of(file)
     for key, corpus in corpora.items():
         noted = read_manifest(corpus.dataset.prefix).tokenizer_sha256
         if noted is not None and noted != own:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.agree import agree
-from sdp_llm.checkpoint.together import replace_text
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import replace_text
 from sdp_llm.plan import Schedule
 from sdp_llm.training.checkpoints import clear_rubbish, set_aside, steps_in
 from sdp_llm.training.prediction import Prediction

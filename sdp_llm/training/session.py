@@ -116,10 +116,9 @@ def train(
 
 def _largest_share(schedule: Schedule, layout: ModelLayout) -> int:
     """The most elements that one rank writes into a checkpoint, in any phase."""
-    world = range(schedule.world_size)
 
     def in_phase(plan: Plan) -> int:
-        owners = (world if u.block is None else plan.owner_sets[u.block] for u in layout.units)
+        owners = (plan.owners(unit.block) for unit in layout.units)
         sizes = (unit.numel for unit in layout.units)
         return largest_share(zip(owners, sizes, strict=True), schedule.world_size)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdp_llm.checkpoint.together import replace_text
+from sdp_llm.files import replace_text
 from sdp_llm.processes import GONE, ProcessId, this_process
 
 STATUS = "status.json"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.checkpoint.inspection import inspect_checkpoint
 from sdp_llm.checkpoint.save import seal
-from sdp_llm.checkpoint.together import sha256_of
+from sdp_llm.files import sha256_of
 from tests.distributed.pool import Pool
 from tests.distributed.tiny import Case, build, forward_backward
 

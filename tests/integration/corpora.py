@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import tokenize_fineweb
-from data_prep._common import sha256_of
 from data_prep._tokenizer import load_tokenizer
 from sdp_llm.data import IndexedDataset
+from sdp_llm.files import sha256_of
 from tests.conftest import ROOT
 
 _LINE = "the model reads a long text and learns which word comes next in many small steps"

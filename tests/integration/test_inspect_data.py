@@ -16,8 +16,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data_prep import inspect_data
-from data_prep._common import sha256_of
 from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from sdp_llm.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS, ESCAPE, NEWLINE, REVERSE, WIDE = 0, 1, 2, 3, 4

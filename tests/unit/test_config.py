@@ -31,8 +31,7 @@ from sdp_llm.config import (
 )
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import plan_from_config
-from sdp_llm.plan.cost import steps_for_dense_flops
-from sdp_llm.plan.peers import dense_flops_per_token
+from sdp_llm.plan.cost import dense_flops_per_token, steps_for_dense_flops
 from sdp_llm.plan.size import CostSetup
 from sdp_llm.subnetwork.measure import load_model_config, model_size
 

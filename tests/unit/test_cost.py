@@ -12,13 +12,14 @@ from sdp_llm.config import parse_config
 from sdp_llm.plan import Plan, make_plan
 from sdp_llm.plan.cost import (
     MemoryCost,
+    dense_flops_per_token,
     rank_flops_per_token,
     rank_memory,
     rank_traffic,
     sdp_cost,
     steps_for_dense_flops,
 )
-from sdp_llm.plan.peers import PEERS, UNSHARDED, dense_flops_per_token, peer_cost
+from sdp_llm.plan.peers import PEERS, UNSHARDED, peer_cost
 from sdp_llm.plan.size import BlockSize, CostSetup, ModelSize, UnitSize, setup_from_config
 
 EMBEDDING, BLOCK, HEAD = 480, 240, 720

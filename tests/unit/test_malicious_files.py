@@ -28,12 +28,12 @@ from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.checkpoint.inspection import inspect_checkpoint
 from sdp_llm.checkpoint.load import CheckpointReader, latest_tag
 from sdp_llm.checkpoint.save import seal
-from sdp_llm.checkpoint.together import sha256_of
 from sdp_llm.config import parse_config
 from sdp_llm.data import IndexedDataset
 from sdp_llm.data.manifest import read_manifest
 from sdp_llm.errors import ConfigError
 from sdp_llm.exported import load_exported
+from sdp_llm.files import sha256_of
 from sdp_llm.subnetwork.adapter import empty_model
 from sdp_llm.subnetwork.measure import load_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained

@@ -9,11 +9,11 @@ from math import inf
 
 import pytest
 
+from benchmarks._time_model import Cluster, peer_step_time, sdp_step_time
 from sdp_llm.plan import make_plan
 from sdp_llm.plan.cost import rank_flops_per_token, rank_traffic
 from sdp_llm.plan.peers import PEERS, UNSHARDED, peer_cost
 from sdp_llm.plan.size import BlockSize, CostSetup, ModelSize, UnitSize
-from sdp_llm.plan.step_time import Cluster, peer_step_time, sdp_step_time
 
 SIZE = ModelSize(
     units=(UnitSize(None, 480, 480), *(UnitSize(b, 240, 120) for b in range(8))),

@@ -22,7 +22,7 @@ micro-batches, and seconds of communication by the phase that can hide them,
 
 Backward masking adds to `c_first` what the owners deliver to all others, over the world's links.
 All gathers wait for the optimizer. ZeRO's are over before the next step starts, and hide behind
-nothing; SDP's go on while the next step's first forward pass runs (`sharding/arrival.py`).
+nothing; SDP's go on while the next step's first forward pass runs (`sdp_llm/sharding/arrival.py`).
 
 Left out, for all alike: latency of messages, the optimizer's own time, and ranks that wait for
 each other inside a step. A step lasts as long as that of its slowest rank. These are predictions
@@ -36,8 +36,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from sdp_llm.plan.assignment import Plan
-from sdp_llm.plan.cost import rank_flops_per_token
-from sdp_llm.plan.peers import UNSHARDED, check_peer, dense_flops_per_token
+from sdp_llm.plan.cost import dense_flops_per_token, rank_flops_per_token
+from sdp_llm.plan.peers import UNSHARDED, check_peer
 from sdp_llm.plan.size import CostSetup, ModelSize
 
 
@@ -164,7 +164,7 @@ def peer_step_time(
 ) -> StepTime:
     """A step of training the whole model on every rank.
 
-    :param peer: one of `peers.PEERS`.
+    :param peer: one of `sdp_llm.plan.peers.PEERS`.
     :raises ValueError: `peer` is not one of them.
     """
     check_peer(peer)
