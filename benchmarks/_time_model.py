@@ -24,16 +24,20 @@ Backward masking adds to `c_first` what the owners deliver to all others, over t
 All gathers wait for the optimizer. ZeRO's are over before the next step starts, and hide behind
 nothing; SDP's go on while the next step's first forward pass runs (`sdp_llm/sharding/arrival.py`).
 
-Left out, for all alike: latency of messages, the optimizer's own time, and ranks that wait for
-each other inside a step. A step lasts as long as that of its slowest rank. These are predictions
+A rank has one collective under way, as NCCL's on one stream have it, and each begins when all of
+its ranks are done with those before (:func:`_in_turn`). So a rank's seconds include those in which
+it waits for owners that are busy with another block.
+
+Left out, for all alike: latency of messages, the optimizer's own time, and ranks whose passes take
+longer than those of others. A step lasts as long as that of its slowest rank. These are predictions
 from assumed speeds, not measurements.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 
 from sdp_llm.plan.assignment import Plan
 from sdp_llm.plan.cost import dense_flops_per_token, rank_flops_per_token
@@ -131,32 +135,52 @@ def sdp_step_time(size: ModelSize, plan: Plan, setup: CostSetup, cluster: Cluste
         raise ValueError(f"size.blocks = {len(size.blocks)} blocks: the plan has {plan.num_blocks}")
     if setup.stage not in (0, 1, 2):
         raise ValueError(f"stage = {setup.stage}: expected 0, 1 or 2")
-    world = tuple(range(plan.world_size))
-    seconds = {
-        owners: _seconds_per_element(owners, world, setup, cluster)
-        for owners in plan.distinct_owner_sets
-    }
-    numel = size.block_numel
-    owner_sets = [frozenset(owners) for owners in plan.owner_sets]
-    # Ranks that own the same blocks take the same time.
-    kinds = {
-        tuple(b for b, owners in enumerate(owner_sets) if rank in owners): rank for rank in world
-    }
+    communication = _communication(size, plan, setup, cluster)
     times = []
-    for owned, rank in kinds.items():
-        communication = seconds[world] * (size.numel - sum(numel))
-        for b in owned:
-            communication += seconds[plan.owner_sets[b]] * numel[b]
-        runs = plan.num_blocks if setup.masking == "backward" else len(owned)
+    for rank in range(plan.world_size):
+        runs = range(plan.num_blocks)
+        if setup.masking == "forward":
+            runs = plan.owned_blocks(rank)
         flops = rank_flops_per_token(size, plan, setup, rank)
-        matmul = sum(
-            block.matmul_numel
-            for b, block in enumerate(size.blocks)
-            if setup.masking == "backward" or b in owned
-        )
-        forward = _forward_flops(size, matmul, runs)
-        times.append(_step_time(size, setup, cluster, forward, flops - forward, communication))
+        matmul = sum(size.blocks[b].matmul_numel for b in runs)
+        forward = _forward_flops(size, matmul, len(runs))
+        backward = flops - forward
+        times.append(_step_time(size, setup, cluster, forward, backward, communication[rank]))
     return max(times, key=_total)
+
+
+def _communication(
+    size: ModelSize, plan: Plan, setup: CostSetup, cluster: Cluster
+) -> list[_Phases]:
+    """The seconds of each rank, waiting for other owners included."""
+    world = tuple(range(plan.world_size))
+    numel = size.block_numel
+    # In the order of the forward pass, as weights travel; backwards it makes the same chains. Most
+    # of what is shared is the embedding.
+    turns = [(world, _reduced(world, setup, cluster) * (size.numel - sum(numel)))]
+    for owners, elements in zip(plan.owner_sets, numel, strict=True):
+        turns.append((owners, _reduced(owners, setup, cluster) * elements))
+        if setup.masking == "backward":
+            turns.append((world, _delivered(owners, world, setup, cluster) * elements))
+    by_phase = [
+        _in_turn([(owners, getattr(seconds, field.name)) for owners, seconds in turns], len(world))
+        for field in fields(_Phases)
+    ]
+    return [_Phases(*of_rank) for of_rank in zip(*by_phase, strict=True)]
+
+
+def _in_turn(turns: Iterable[tuple[Sequence[int], float]], world_size: int) -> list[float]:
+    """When each rank is done, if each turn waits until all of its ranks are free.
+
+    :param turns: ranks and seconds, in the order in which every rank begins its own.
+    """
+    done = [0.0] * world_size
+    for ranks, seconds in turns:
+        if seconds:
+            end = max(done[rank] for rank in ranks) + seconds
+            for rank in ranks:
+                done[rank] = end
+    return done
 
 
 def peer_step_time(
@@ -211,19 +235,21 @@ def _bytes_per_element(setup: CostSetup, peer: str) -> _Phases:
     }[peer]
 
 
-def _seconds_per_element(
-    owners: Sequence[int], world: Sequence[int], setup: CostSetup, cluster: Cluster
-) -> _Phases:
-    """What an owner spends on each element of a block of this owner set."""
-    n, p = len(world), len(owners)
+def _reduced(owners: Sequence[int], setup: CostSetup, cluster: Cluster) -> _Phases:
+    """Seconds per element of a unit for its owners, who reduce and gather it."""
     peer = ("DDP", "ZeRO-1", "ZeRO-2")[setup.stage]  # which sends the same, not hiding gathers
     sent = _bytes_per_element(setup, peer)
     sent = replace(sent, first_forward=sent.after, after=0.0)
-    seconds = sent * ((p - 1) / p / cluster.rate(owners))
-    if setup.masking == "backward":
-        delivered = setup.weight_bytes * (n - p) / p
-        seconds += _Phases(first_forward=delivered / cluster.rate(world))
-    return seconds
+    p = len(owners)
+    return sent * ((p - 1) / p / cluster.rate(owners))
+
+
+def _delivered(
+    owners: Sequence[int], world: Sequence[int], setup: CostSetup, cluster: Cluster
+) -> _Phases:
+    """Seconds per element of a block that its owners send to all others."""
+    n, p = len(world), len(owners)
+    return _Phases(first_forward=setup.weight_bytes * (n - p) / p / cluster.rate(world))
 
 
 def _forward_flops(size: ModelSize, matmul_numel: int, num_blocks: int) -> float:

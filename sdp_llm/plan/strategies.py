@@ -3,6 +3,11 @@
 Every strategy gives each block exactly `p` owners, keeps the loads of the ranks within one block
 of each other, and uses at most `n` distinct owner sets: with more than `n` blocks the first `n`
 sets repeat. This keeps the loads within one, because `n` balanced sets load every rank with `p`.
+
+Where `p` divides `n`, all of them deal the ranks out like cards: every `n/p` blocks in a row, a
+deal, have disjoint owner sets, so that their collectives run at the same time though a rank has
+one under way. Blocks in a row that share a rank would wait for each other, and a chain of them
+takes as long as plain data parallelism.
 """
 
 from __future__ import annotations
@@ -53,7 +58,8 @@ def random_sets(world_size: int, num_blocks: int, owners: int, seed: int) -> Own
 def balanced_sets(world_size: int, num_blocks: int, owners: int, seed: int) -> OwnerSets:
     """The best of several candidates: connected if possible, then the smallest lambda.
 
-    Candidates are the cyclic sets and seeded random sets, the latter improved by swaps. Nothing
+    Candidates are the cyclic sets and seeded random sets, the latter improved by swaps inside deals
+    of disjoint sets; only to link ranks that fall apart are deals broken. Nothing
     depends on time, so that all ranks find the same sets. On a tie the first candidate wins.
     """
     n, distinct = world_size, min(world_size, num_blocks)
@@ -100,6 +106,8 @@ def _spread_pairs(
 ) -> OwnerSets:
     """Try a fixed number of swaps of two ranks between two owner sets; keep what is no worse.
 
+    The two sets are of one deal, which stays one; where `p` does not divide `n`, they are any.
+
     The measure is the sum over pairs of blocks of the squared number of common owners. Up to
     constants it is the sum of the squared eigenvalues behind lambda, it pushes the largest down
     together with the others, and it is an integer: no rounding decides a swap.
@@ -113,9 +121,13 @@ def _spread_pairs(
     for owners, count in zip(sets, repeats, strict=True):
         for rank in owners:
             load[rank] += count
-    swaps = min(MAX_SWAPS, SWAPS_PER_OWNERSHIP * len(sets) * len(sets[0]), SWAP_WORK // len(sets))
+    p = len(sets[0])
+    deal = len(sets) if world_size % p else world_size // p
+    swaps = min(MAX_SWAPS, SWAPS_PER_OWNERSHIP * len(sets) * p, SWAP_WORK // len(sets))
     for _ in range(swaps):
-        a, b = generator.randrange(len(sets)), generator.randrange(len(sets))
+        a = generator.randrange(len(sets))
+        first = a - a % deal
+        b = generator.randrange(first, min(first + deal, len(sets)))
         slot_a, slot_b = generator.randrange(len(sets[a])), generator.randrange(len(sets[b]))
         i, j = members[a][slot_a], members[b][slot_b]
         if masks[b] >> i & 1 or masks[a] >> j & 1:

@@ -40,13 +40,29 @@ SETUPS = [
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_bytes_are_those_of_the_closed_forms(setup: CostSetup) -> None:
-    sent = max(rank_traffic(SIZE, HALF, setup, rank) for rank in range(8))
+    w, r = setup.weight_bytes, setup.reduction_bytes
+    shared, block = 7 / 8 * (480 + 2 * 240), 3 / 4 * 240
+    sent = (2 * r, r, setup.accumulation * r)[setup.stage] * (shared + 3 * block)
+    if setup.masking == "forward":
+        sent += (w if setup.stage else 0) * (shared + 3 * block)
+        assert sent == max(rank_traffic(SIZE, HALF, setup, rank) for rank in range(8))
+    else:
+        # All ranks take part in the delivery of every block: gathers of other blocks wait for it.
+        sent += (w if setup.stage else 0) * (shared + 6 * block) + w * 6 * 240
     time = sdp_step_time(SIZE, HALF, setup, BYTES)
     assert time.communication == pytest.approx(sent)
     assert time.exposed == time.communication
     for peer in PEERS:
         cost = peer_cost(SIZE, 8, setup, peer)
         assert peer_step_time(SIZE, 8, setup, BYTES, peer).communication == cost.traffic.mean
+
+
+def test_owners_wait_for_others_that_are_busy() -> None:
+    """Any two of three pairs of ranks share one: 6 blocks in turn, though a rank has 4."""
+    everyone = range(3)
+    plan = make_plan(3, 8, owner_sets=[everyone, *[[0, 1], [1, 2], [0, 2]] * 2, everyone])
+    time = sdp_step_time(SIZE, plan, CostSetup(), BYTES)
+    assert time.communication == pytest.approx(8 * (2 / 3 * (480 + 2 * 240) + 6 * 1 / 2 * 240))
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
