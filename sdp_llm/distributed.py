@@ -18,8 +18,9 @@ def init_distributed(timeout: timedelta) -> None:
 
     :raises ConfigError: the ranks cannot meet.
     """
-    # DeepSpeed would compile a shared-memory all-reduce, which only its inference on CPUs uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce, which only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     be_alone_by_default()
     # Before the first collective, which would take the first GPU on every rank.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

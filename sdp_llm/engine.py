@@ -322,17 +322,20 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
             due = self.schedule.at(state["counters"]["global_steps"])
             if not load_module_only and due != (self.plan, self.sharded.subnetwork.masking):
                 self.change_plan(*due)
+                self.wait_for_weights()  # what is read goes into what is being gathered
             optimizer = self.basic_optimizer if with_optimizer else None
             agree(lambda: load_tensors(self.sharded, optimizer, reader))
             if not load_module_only:
                 agree(lambda: restore_random(self.sharded, reader))
         self.optimizer.distribute_weights()
+        self.wait_for_weights()  # the caller may have collectives of its own
+        if not load_module_only:
+            for name in COUNTERS:
+                setattr(self, name, state["counters"][name])
+        # Its gradients are gone; and another number of ranks may cut a batch into other pieces.
+        self._restart_accumulation()
         if load_module_only:
             return str(folder), state["client_state"]
-        for name in COUNTERS:
-            setattr(self, name, state["counters"][name])
-        # Another number of ranks may cut the batch into another number of micro-batches.
-        self._restart_accumulation()
         if with_optimizer:
             adopt_options(self.basic_optimizer, state["param_groups"], folder)
         if load_lr_scheduler_states and self.lr_scheduler is not None:

@@ -77,7 +77,8 @@ class CheckpointWriting:
 
         def check() -> None:
             try:
-                json.dumps(self._state)
+                # A copy: who saves in the background may change it meanwhile.
+                self._state = json.loads(json.dumps(self._state))
             except (TypeError, ValueError) as error:
                 raise ConfigError(
                     f"client_state: {error}; checkpoints hold JSON and tensors only: use plain "

@@ -228,7 +228,8 @@ SCHEDULERS: Mapping[str, Mapping[str, Kind]] = {
 DEFAULT_WARMUP_STEPS = 1000  # of all that warm up
 REQUIRED_SCHEDULER_PARAMS: Mapping[str, tuple[str, ...]] = {
     "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
-    "WarmupDecayLR": ("total_num_steps",),
+    # Without it DeepSpeed takes 0.001, whatever the optimizer's lr is.
+    "WarmupDecayLR": ("total_num_steps", "warmup_max_lr"),
     "WarmupCosineLR": ("total_num_steps",),
 }
 

@@ -119,6 +119,8 @@ def optimizer_dict(optimizer: OptimizerConfig) -> dict[str, Any]:
         params["torch_adam"] = True
         if not {"fused", "foreach"} & params.keys():
             params["fused"] = True  # torch's other paths make copies of the shards
+    elif not {"fused", "foreach"} & params.keys():
+        params["foreach"] = False  # on GPUs torch would take it, and copy the shards
     return {"type": optimizer.type, "params": params}
 
 

@@ -190,6 +190,12 @@ def _parse_share(path: str, value: Any, max_denominator: int | None = None) -> F
     return fraction
 
 
+def _dump_share(share: Fraction) -> str | float:
+    """What :func:`_parse_share` reads as the same again."""
+    text = str(share)
+    return text if _FRACTION.fullmatch(text) else float(share)
+
+
 def _parse_owner_sets(path: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, list | tuple) or not value:
         raise wrong(path, value, "expected a list of lists of ranks, one for each block")
@@ -227,7 +233,7 @@ STRING = Kind("string", _parse_string)
 ANY_STRING = Kind("string", _parse_any_string)
 CORPORA = Kind("string or {string: weight}", _parse_corpora)
 BETAS = Kind("pair of numbers", _parse_betas)
-SHARE = Kind('number or "a/b"', _parse_share, str)
+SHARE = Kind('number or "a/b"', _parse_share, _dump_share)
 COVERAGE = Kind('number or "a/b"', _parse_coverage, str)
 OWNER_SETS = Kind(
     "list of lists of ranks", _parse_owner_sets, lambda sets: [list(owners) for owners in sets]

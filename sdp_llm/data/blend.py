@@ -124,7 +124,7 @@ class BlendedDataset:
         return list(zip(self.corpora, starts.tolist(), lengths, strict=True))
 
     def require_batch(self, global_batch_size: int) -> None:
-        """Check that no step reads a sample twice, wherever in a block it starts.
+        """Check that no step inside an epoch reads a sample twice, wherever in a block it starts.
 
         :raises ConfigError: A corpus is smaller than its part of one global batch.
         """

@@ -140,7 +140,7 @@ class PackedDataset:
         return Place(self.dataset.prefix, sample, document_of(first), document_of(last))
 
     def require_batch(self, global_batch_size: int) -> None:
-        """Check that no step reads a sample twice.
+        """Check that no step inside an epoch reads a sample twice.
 
         :raises ConfigError: The corpus is smaller than one global batch.
         """

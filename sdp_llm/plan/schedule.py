@@ -42,8 +42,10 @@ class Phase:
 
         Rotation ``(step - start) // rotate_every`` is a permutation of its own, drawn from the seed
         and its number; number 0 is the plan itself. Pinned blocks stay, and every rank keeps its
-        number of blocks.
+        number of blocks. The plan of the phase's last step stays in force after it: what is
+        validated, saved and exported in the end is what was trained.
         """
+        step = min(step, self.stop - 1)
         number = (step - self.start) // self.rotate_every if self.rotate_every else 0
         if number <= 0:
             return self.plan

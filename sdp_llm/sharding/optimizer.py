@@ -12,10 +12,8 @@ from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY, OPTIMIZER
 from sdp_llm.sharding.collectives import Communicator
+from sdp_llm.sharding.norm import global_norm
 from sdp_llm.sharding.unit import Unit
-
-# Counts up to this stay apart in the sum of fp64 words with two of them.
-_MOST_RANKS = 2**20
 
 
 def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, Any]]:
@@ -29,31 +27,6 @@ def parameter_groups(units: Sequence[Unit], decay_all: bool) -> list[dict[str, A
     decayed = [s.tensor for s in slices if decay_all or len(s.shape) > 1]
     others = [s.tensor for s in slices if not decay_all and len(s.shape) <= 1]
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-
-
-def global_norm(
-    shards: Sequence[Tensor],
-    world: dist.ProcessGroup | None,
-    flags: Sequence[bool] = (),
-    doubt: Tensor | None = None,
-) -> tuple[float, list[int]]:
-    """The 2-norm over all ranks' shards, in fp64; the shards of all ranks must be disjoint.
-
-    :param doubt: 0-D, 0 or NaN; where it is NaN on one rank, the norm is NaN on all.
-    :returns: the norm, and for each of ``flags`` on how many ranks it holds: they travel along.
-    """
-    norms = [torch.linalg.vector_norm(shard).double() for shard in shards]
-    total = torch.stack(norms).square().sum()
-    if doubt is not None:
-        total = total + doubt
-    # One number for all flags: each element more would be a message more on gloo.
-    word = sum(_MOST_RANKS**i for i, flag in enumerate(flags) if flag)
-    sums = torch.stack([total, torch.full_like(total, float(word))])
-    if world is not None:
-        dist.all_reduce(sums, group=world)
-    square, words = sums.tolist()
-    counts = [int(words) // _MOST_RANKS**i % _MOST_RANKS for i in range(len(flags))]
-    return math.sqrt(square), counts
 
 
 class ShardedOptimizer:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.sharding.materialize import ShardedModel
+from sdp_llm.sharding.norm import squared_norm
 from sdp_llm.sharding.unit import Unit
 
 
@@ -41,7 +42,7 @@ class GradientProbe:
         """
         assert unit.group is not None
         own = gradient.to(torch.float32)
-        norm = torch.linalg.vector_norm(own)
+        norm = squared_norm(own).sqrt().to(torch.float32)
         # A gradient of zeros has no direction: it is like none of the others.
         direction = own / norm.clamp_min(torch.finfo(torch.float32).tiny)
         communicator = self._sharded.communicator
@@ -54,7 +55,7 @@ class GradientProbe:
         for summand in summands[1:]:
             total += summand
         sums = self._sums[self._places[unit.layout.name]]
-        sums[0] += torch.linalg.vector_norm(total).double().square()
+        sums[0] += squared_norm(total)
         sums[1] += (norm > 0).double()
 
     def results(self) -> dict[str, tuple[float, float | None]]:
@@ -65,8 +66,7 @@ class GradientProbe:
         """
         for unit in self._sharded.owned:
             place = self._places[unit.layout.name]
-            norm = torch.linalg.vector_norm(unit.shard_grad).double()
-            self._sums[place, 2] += norm.square()
+            self._sums[place, 2] += squared_norm(unit.shard_grad)
         if dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
         plan, found = self._sharded.subnetwork.plan, {}

@@ -38,7 +38,7 @@ _LOUD = {
     "sdp.schedule": "the run goes on in the phase of the new one",
     "sdp.residual_scale": "the weights were trained with the one before",
     "communication_data_type": "from here on",
-    "training.decay_all": "the optimizer keeps the checkpoint's groups",
+    "training.decay_all": "from here on",
 }
 
 
@@ -146,7 +146,9 @@ def _changes(
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
-            if key.startswith("scheduler.params.") and _is_torchs(run):
+            if key.startswith("scheduler.") and run.scheduler is None:
+                effect = "the optimizer keeps the checkpoint's learning rate"
+            elif key.startswith("scheduler.params.") and _is_torchs(run):
                 effect = "the schedulers of torch keep the checkpoint's"
             if key == "optimizer.params.lr" and _starts_from_lr(run):
                 effect = "the scheduler goes on from the new one, a step later"
@@ -185,7 +187,7 @@ def _starts_from_lr(run: RunConfig) -> bool:
     """Whether it is DeepSpeed's scheduler that multiplies the optimizer's rate, and keeps none."""
     if run.scheduler is None or "warmup_max_lr" in run.scheduler.params:
         return False
-    return run.scheduler.type in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    return run.scheduler.type in ("WarmupLR", "WarmupCosineLR")
 
 
 def _phases_line(run: RunConfig, schedule: Schedule, step: int, budget_before: int | None) -> str:

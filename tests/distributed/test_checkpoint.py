@@ -12,15 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sdp_llm.checkpoint.save import seal
 from sdp_llm.engine import SDPEngine
 from sdp_llm.errors import ConfigError
 from sdp_llm.initialization import initialize
+from sdp_llm.loss import summed_loss
 from sdp_llm.training.checkpoints import largest_share
 from tests.distributed.compare import assembled, whole
 from tests.distributed.pool import Pool
-from tests.distributed.tiny import Case, build, forward_backward, llama, run_config, weights
+from tests.distributed.tiny import (
+    Case,
+    build,
+    forward_backward,
+    llama,
+    my_slice,
+    run_config,
+    weights,
+)
 
 Pools = Callable[[int], Pool]
 
@@ -307,6 +317,46 @@ def test_only_safetensors_and_json(pools: Pools, tmp_path: Path) -> None:
         assert set(manifest["files"]) == inside - {"manifest.json"}
     content = json.loads((tmp_path / "chosen" / "state.json").read_text())
     assert content["counters"]["global_steps"] == 3, "the newer one replaced the older"
+
+
+def saved_client_state(folder: str) -> dict[str, Any]:
+    """Run on a rank: change what is saved in the background before it is written."""
+    engine, client_state = build(Case(2)), {"loader": {"position": 1}}
+    saving = engine.save_checkpoint_in_background(folder, client_state=client_state)
+    client_state["loader"]["position"] = 2
+    saving.finish()
+    return engine.load_checkpoint(folder)[1]
+
+
+def test_a_save_in_the_background_has_the_state_of_its_beginning(
+    pools: Pools, tmp_path: Path
+) -> None:
+    for loaded in pools(2).run(saved_client_state, str(tmp_path)):
+        assert loaded == {"loader": {"position": 1}}
+
+
+def micro_batches_after_a_load(folder: str) -> int:
+    """Run on a rank: load weights between the micro-batches of a step; how many the next has."""
+    case = Case(2, accumulation=3)
+    engine = build(case)
+    engine.save_checkpoint(folder)
+    micro_batches = my_slice(1).split(1)
+
+    def train(samples: Tensor) -> None:
+        engine.backward(summed_loss(engine, samples))
+        engine.step()
+
+    train(micro_batches[0])
+    engine.load_checkpoint(folder, load_module_only=True)
+    for count, samples in enumerate(micro_batches, 1):
+        train(samples)
+        if engine.global_steps:
+            return count
+    return 0
+
+
+def test_loading_weights_begins_the_step_anew(pools: Pools, tmp_path: Path) -> None:
+    assert pools(2).run(micro_batches_after_a_load, str(tmp_path)) == [3, 3]
 
 
 def copied_and_predicted(case: Case, folder: str) -> tuple[int, int]:

@@ -124,6 +124,7 @@ ROUND_TRIPS: list[dict[str, Any]] = [
     {},
     {"sdp": {"owner_sets": [[0, 1], [1], [0, 1]], "masking": "backward"}},
     {"sdp.schedule": [{"until": "1/3", "rotate_every": 5}, {"until": 1, "coverage": 1}]},
+    {"sdp.schedule": [{"until": 0.3333333333}, {"until": 1 / 1.5}, {"until": 1, "coverage": 1}]},
     {"sdp": {"owners_per_block": 3}, "communication_data_type": "fp32"},
     {"sdp.coverage": 0.333, "zero_optimization.round_robin_gradients": True, "bf16.enabled": True},
     {"tensorboard": {"enabled": True}, "wandb": {"team": "t"}, "csv_monitor.output_path": ""},

@@ -63,6 +63,8 @@ def test_scheduler_parameters_are_those_of_deepspeed(name: str) -> None:
     signature = inspect.signature(getattr(lr_schedules, name).__init__).parameters
     assert {"self", "optimizer", *tables.SCHEDULERS[name]} == set(signature)
     required = [key for key, value in signature.items() if value.default is value.empty]
+    if name == "WarmupDecayLR":
+        required.append("warmup_max_lr")  # ours: DeepSpeed's default is seldom what is meant
     assert required == ["self", "optimizer", *tables.REQUIRED_SCHEDULER_PARAMS.get(name, ())]
 
 
@@ -86,7 +88,10 @@ def test_deepspeed_accepts_the_dict(monkeypatch: pytest.MonkeyPatch) -> None:
             "train_batch_size": 32,
             "train_micro_batch_size_per_gpu": 4,
             "optimizer": {"type": "adamw", "params": {"lr": 1e-3}},
-            "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}},
+            "scheduler": {
+                "type": "WarmupDecayLR",
+                "params": {"total_num_steps": "auto", "warmup_max_lr": 1e-3},
+            },
             "bf16": {"enabled": True},
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 2},
@@ -100,7 +105,7 @@ def test_deepspeed_accepts_the_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.world_size == 4
     assert result.gradient_accumulation_steps == 2
     assert result.optimizer_name == "adamw"
-    assert result.scheduler_params == {"total_num_steps": 100}
+    assert result.scheduler_params == {"total_num_steps": 100, "warmup_max_lr": 1e-3}
     assert result.zero_optimization_stage == 0
     assert result.gradient_clipping == 0.0
     assert result.steps_per_print is None

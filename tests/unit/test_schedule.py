@@ -118,6 +118,13 @@ def test_rotations_permute_the_free_blocks_and_nothing_else() -> None:
     assert len(changes) > 15, "two draws in a row are seldom the same"
 
 
+def test_no_rotation_comes_after_the_last_step() -> None:
+    # It would give the final validation and the export a plan under which nothing was trained.
+    schedule = schedule_of(None, 6, rotate_every=3)
+    assert [step for step in range(12) if schedule.changes_at(step)] == [3]
+    assert schedule.at(6) == schedule.at(5)
+
+
 def test_rotations_are_the_same_for_the_same_seed_alone() -> None:
     def rotation(seed: int, step: int) -> Plan:
         return schedule_of(None, None, rotate_every=1, seed=seed, strategy="cyclic").at(step)[0]

@@ -133,6 +133,23 @@ def test_another_learning_rate_says_what_it_does(
     assert warning.startswith("warning: optimizer.params.lr = 0.0003 before, 0.0001 now: " + effect)
 
 
+def test_other_groups_of_weight_decay_hold_from_now_on() -> None:
+    now = prepared(100, training={"steps": 100, "decay_all": True})
+    assert said(prepared(100), now, 60) == [
+        "warning: training.decay_all = False before, True now: from here on"
+    ]
+
+
+def test_without_a_scheduler_the_rate_stays() -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}
+    lines = said(prepared(100, scheduler=scheduler), prepared(100), 60)
+    assert lines == [
+        f"warning: scheduler.{key} = {value} before, None now: the optimizer keeps the "
+        "checkpoint's learning rate"
+        for key, value in (("params.warmup_num_steps", 3), ("type", "WarmupLR"))
+    ]
+
+
 def test_another_batch_of_a_budget_of_steps_ends_where_it_did() -> None:
     [line] = said(prepared(50), prepared(50, train_batch_size=16), 60)
     assert line.startswith("warning: train_batch_size = 8 before, 16 now: ")
