@@ -95,6 +95,7 @@ def _serve(
     world_size, store, timeout_s = group
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # gloo, also where there are GPUs
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # FSDP2 and DeepSpeed call torch's collectives by names that it has given up.

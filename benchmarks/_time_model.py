@@ -25,8 +25,8 @@ All gathers wait for the optimizer. ZeRO's are over before the next step starts,
 nothing; SDP's go on while the next step's first forward pass runs (`sdp_llm/sharding/arrival.py`).
 
 A rank has one collective under way, as NCCL's on one stream have it, and each begins when all of
-its ranks are done with those before (:func:`_in_turn`). So a rank's seconds include those in which
-it waits for owners that are busy with another block.
+its ranks are done with those before. So a rank's seconds include those in which it waits for owners
+that are busy with another block (:func:`~sdp_llm.plan.analysis.in_turn`).
 
 Left out, for all alike: latency of messages, the optimizer's own time, and ranks whose passes take
 longer than those of others. A step lasts as long as that of its slowest rank. These are predictions
@@ -36,9 +36,10 @@ from assumed speeds, not measurements.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
+from sdp_llm.plan.analysis import in_turn
 from sdp_llm.plan.assignment import Plan
 from sdp_llm.plan.cost import dense_flops_per_token, rank_flops_per_token
 from sdp_llm.plan.peers import UNSHARDED, check_peer
@@ -163,24 +164,10 @@ def _communication(
         if setup.masking == "backward":
             turns.append((world, _delivered(owners, world, setup, cluster) * elements))
     by_phase = [
-        _in_turn([(owners, getattr(seconds, field.name)) for owners, seconds in turns], len(world))
+        in_turn([(owners, getattr(seconds, field.name)) for owners, seconds in turns], len(world))
         for field in fields(_Phases)
     ]
     return [_Phases(*of_rank) for of_rank in zip(*by_phase, strict=True)]
-
-
-def _in_turn(turns: Iterable[tuple[Sequence[int], float]], world_size: int) -> list[float]:
-    """When each rank is done, if each turn waits until all of its ranks are free.
-
-    :param turns: ranks and seconds, in the order in which every rank begins its own.
-    """
-    done = [0.0] * world_size
-    for ranks, seconds in turns:
-        if seconds:
-            end = max(done[rank] for rank in ranks) + seconds
-            for rank in ranks:
-                done[rank] = end
-    return done
 
 
 def peer_step_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from tests.distributed.pool import Pool
 
+# Before DeepSpeed looks: the ranks are on gloo, also where there are GPUs.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ranks run beside the test; more threads than cores make both many times slower.
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ block's share of the free parameters (they sum to 1), `w_b[i] = 1{i in O_b}/p_b 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -35,6 +35,9 @@ class PlanAnalysis:
             block has equally many owners and every rank equally many free parameters.
         connected: whether the free blocks link all ranks, directly or through other ranks.
         load: number of free blocks per rank.
+        turns: how many blocks, pinned ones included, are in the longest chain of collectives that
+            wait for each other, if a rank takes part in one at a time, in the order of the blocks:
+            at least the most that a rank owns, at most all, as in plain data parallelism.
         distinct_owner_sets: how many different owner sets the free blocks have (the world set of
             the shared parameters is not counted).
         coverage: mean of `p_b / n`.
@@ -48,6 +51,7 @@ class PlanAnalysis:
     spectral_gap: float | None
     connected: bool
     load: tuple[int, ...]
+    turns: int
     distinct_owner_sets: int
     coverage: Fraction
     owned_share_min: Fraction
@@ -92,6 +96,20 @@ def is_connected(owner_sets: Sequence[Sequence[int]], world_size: int) -> bool:
     return len(components) == 1
 
 
+def in_turn(turns: Iterable[tuple[Sequence[int], float]], world_size: int) -> list[float]:
+    """When each rank is done, if it has one turn at a time and a turn waits for all of its ranks.
+
+    :param turns: ranks and seconds, in the order in which every rank begins its own.
+    """
+    done = [0.0] * world_size
+    for ranks, seconds in turns:
+        if seconds:
+            end = max(done[rank] for rank in ranks) + seconds
+            for rank in ranks:
+                done[rank] = end
+    return done
+
+
 def analyze(plan: Plan, block_numel: Sequence[int] | None = None) -> PlanAnalysis:
     """Compute what a plan does to the averages.
 
@@ -121,6 +139,7 @@ def analyze(plan: Plan, block_numel: Sequence[int] | None = None) -> PlanAnalysi
         # Without free blocks every rank shares everything with every other.
         connected=not free or is_connected(owner_sets, n),
         load=load,
+        turns=int(max(in_turn(((owners, 1.0) for owners in plan.owner_sets), n))),
         distinct_owner_sets=len(set(owner_sets)),
         coverage=plan.coverage,
         owned_share_min=Fraction(min(owned), plan.num_blocks),

@@ -133,6 +133,8 @@ def _analysis_lines(phase: Phase, analysis: PlanAnalysis) -> str:
         "connectivity": "all ranks are linked by shared free blocks"
         if analysis.connected
         else "DISCONNECTED: some ranks share no free block, directly or through others",
+        "turns": f"{analysis.turns} of {phase.plan.num_blocks} blocks' collectives wait for each "
+        f"other (at least {max(analysis.load) + len(phase.plan.pinned)}, as many as a rank owns)",
         "owner sets": f"{analysis.distinct_owner_sets} distinct ones of free blocks "
         f"(at most {phase.plan.world_size} when balanced), each with a process group",
     }

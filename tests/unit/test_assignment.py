@@ -92,6 +92,8 @@ def test_blocks_in_a_row_do_not_wait_for_each_other(
     for first in range(0, num_free, n // p):
         deal = sets[first : first + n // p]
         assert len({rank for owners in deal for rank in owners}) == len(deal) * p
+    analysis = analyze(plan)
+    assert analysis.turns == max(analysis.load) + 2
 
 
 def test_balanced_reaches_the_lower_bound_where_each_pair_of_ranks_can_share_equally() -> None:
