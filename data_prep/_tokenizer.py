@@ -26,6 +26,12 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer = read_tokenizer(folder, f"--tokenizer {folder}", fix)
     if not tokenizer.is_fast:
         raise ConfigError(f"--tokenizer {folder}: has no tokenizer.json (a fast tokenizer); {fix}")
+    if not (folder / "tokenizer.json").is_file():
+        # Its SHA-256 tells corpora of different tokenizers apart.
+        raise ConfigError(
+            f"--tokenizer {folder}: has no tokenizer.json; load it with AutoTokenizer of "
+            "transformers and call save_pretrained(DIR), which writes one"
+        )
     return tokenizer
 
 

@@ -37,6 +37,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from sdp_llm.evaluation import Evaluation
     from sdp_llm.exported import load_exported
     from sdp_llm.loss import NextTokenLoss, target_count
+    from sdp_llm.training.budget import check_positions
     from sdp_llm.training.corpora import check_ids, open_validation
     from sdp_llm.training.documents import separator
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
@@ -47,6 +48,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         dataset.batch(validation_samples(dataset, run.training.eval_samples))
     )
     model = load_exported(folder)
+    check_positions(run, model.config)
     vocabulary = model.config.get_text_config().vocab_size
     check_ids(corpora, vocabulary, f"{folder}/config.json", None, 1)
     tokenizer = None if run.data.tokenizer is None else load_tokenizer(run.data.tokenizer)

@@ -36,6 +36,11 @@ def generate(arguments: argparse.Namespace) -> None:
     for prompt in arguments.prompt:
         # Every document ends with that token: after it another one begins.
         inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+        if not inputs["input_ids"].numel():
+            raise ConfigError(
+                f"--prompt {prompt!r}: the tokenizer of --model {folder} makes no tokens of it; "
+                "export with data.tokenizer, or copy the files of one there"
+            )
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

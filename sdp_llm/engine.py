@@ -46,7 +46,7 @@ from sdp_llm.sharding.optimizer import ShardedOptimizer, parameter_groups
 from sdp_llm.sharding.probe import GradientProbe
 from sdp_llm.sharding.rebuild import rebuild
 from sdp_llm.sharding.reducer import GradientReducer
-from sdp_llm.unsupported import refuse_unsupported, unsupported
+from sdp_llm.unsupported import refuse_on_module, refuse_unsupported, unsupported
 
 
 @refuse_unsupported
@@ -93,6 +93,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
             config=generated,
             config_class=DeepSpeedConfig(generated),
         )
+        refuse_on_module(self.module)
 
     @property
     def plan(self) -> Plan:

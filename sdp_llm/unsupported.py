@@ -73,6 +73,15 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return method
 
 
+def refuse_on_module(module: Any) -> None:
+    """Let a rank's subnetwork raise where transformers would take it for the whole model."""
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+        unsupported("module.save_pretrained()", _EXPORT)
+
+    module.save_pretrained = module.push_to_hub = save_pretrained
+
+
 def refuse_unsupported(cls: type) -> type:
     """Give a subclass of DeepSpeedEngine a method that raises for each of :data:`UNSUPPORTED`."""
     for name in UNSUPPORTED:

@@ -95,8 +95,9 @@ def _parse_section(cls: type, path: str, raw: Any) -> Any:
     if not isinstance(raw, Mapping):
         first = fields(cls)[0].name
         raise wrong(path, raw, f'expected an object {{...}} with keys such as "{first}"')
-    for name in raw:
-        _check_known(cls, path, str(name))
+    for name, value in raw.items():
+        if not _is_off(_join(path, str(name)), value):
+            _check_known(cls, path, str(name))
     values: dict[str, Any] = {}
     for item in fields(cls):
         where, value = _join(path, item.name), raw.get(item.name)
@@ -128,6 +129,15 @@ def _parse_items(cls: type, path: str, raw: Any) -> tuple[Any, ...]:
     if not isinstance(raw, list | tuple) or not raw:
         raise wrong(path, raw, "expected a list [{...}, ...] of at least one object")
     return tuple(_parse_section(cls, f"{path}[{i}]", item) for i, item in enumerate(raw))
+
+
+def _is_off(path: str, value: Any) -> bool:
+    """Whether it switches off what DeepSpeed has and SDP has not, as templates do."""
+    if path not in tables.UNSUPPORTED:
+        return False
+    if isinstance(value, Mapping):
+        return value.get("enabled") is False or value.get("device") == "none"
+    return value is False
 
 
 def _check_known(cls: type, path: str, name: str) -> None:

@@ -68,7 +68,12 @@ class SDPConfig:
         COVERAGE, "share of the ranks that own each free block", None, shown="1/2"
     )
     owners_per_block: int | None = key(POSITIVE, "ranks per free block, instead of coverage", None)
-    strategy: str = key(_STRATEGY, "how free blocks are assigned to ranks", "balanced")
+    strategy: str = key(
+        _STRATEGY,
+        "how free blocks are assigned to ranks: balanced has the least λ of several plans, random "
+        "follows the seed, cyclic slides over the ranks",
+        "balanced",
+    )
     pinned_first: int = key(COUNT, "blocks at the start that every rank owns", 1)
     pinned_last: int = key(COUNT, "blocks at the end that every rank owns", 1)
     owner_sets: tuple[tuple[int, ...], ...] | None = key(

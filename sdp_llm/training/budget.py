@@ -51,18 +51,26 @@ def run_schedule(
         a schedule without a budget, samples are longer than the model takes, or the learning rate
         would still warm up when the budget ends.
     """
-    text = model.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    check_positions(run, model)
+    steps = total_steps(run, model, batch, world_size) if run.training.budgets() else None
+    if run.scheduler is not None and steps is not None:
+        check_warmup(run.scheduler, steps)
+    depth = model.get_text_config().num_hidden_layers
+    return schedule_from_config(run.sdp, world_size, depth, steps)
+
+
+def check_positions(run: RunConfig, model: PretrainedConfig) -> None:
+    """Check that the model takes samples as long as ``data.sequence_length``.
+
+    :raises ConfigError: they are longer.
+    """
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
     if run.data is not None and positions is not None and run.data.sequence_length > positions:
         where = "" if run.model is None else f" in {run.model.config}"
         raise ConfigError(
             f"data.sequence_length = {run.data.sequence_length}: longer than the model's "
             f"max_position_embeddings = {positions}{where}; use at most {positions}"
         )
-    steps = total_steps(run, model, batch, world_size) if run.training.budgets() else None
-    if run.scheduler is not None and steps is not None:
-        check_warmup(run.scheduler, steps)
-    return schedule_from_config(run.sdp, world_size, text.num_hidden_layers, steps)
 
 
 def total_steps(run: RunConfig, model: PretrainedConfig, batch: BatchSizes, world_size: int) -> int:

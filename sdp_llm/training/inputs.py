@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -49,6 +50,7 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     :raises ConfigError: naming the key, its value and the fix, for the first thing that is wrong.
     """
     require_pretraining(run)
+    _check_monitors(run)
     assert run.model is not None
     assert run.data is not None
     batch = resolve_batch(run, world_size)
@@ -75,6 +77,17 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         loss.check(cheap_model(model, "eager")[0])
     check_memory(run, model, batch, schedule)
     return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), loss)
+
+
+def _check_monitors(run: RunConfig) -> None:
+    """DeepSpeed would import a monitor's package when the model is built, on one rank."""
+    for name in ("tensorboard", "wandb"):
+        section = getattr(run, name)
+        if section is not None and section.enabled and find_spec(name) is None:
+            raise ConfigError(
+                f"{name}.enabled = true: the package {name} is not installed; install it, or use "
+                "csv_monitor, which needs none"
+            )
 
 
 def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.files import replace_text
 from sdp_llm.processes import GONE, ProcessId, this_process
 
@@ -50,11 +51,12 @@ def describe_status(status: Mapping[str, Any]) -> str:
 class Status:
     """Writes ``status.json``: ``state`` is running, finished, preempted or failed.
 
-    Beside it stand ``step`` and ``total_steps``, ``checkpoint`` (the newest complete one, relative
-    to the run folder, or null), ``reason`` of a failure, ``warning`` (the last save that failed),
-    ``host`` and ``pid`` of the process that wrote it, with ``machine`` and ``started`` that tell it
-    from a later one of the same number, and ``time`` (seconds since 1970). A run that says
-    "running" without a process was killed without a chance to say more.
+    Beside it stand ``step`` (at the last save, or where it ended) and ``total_steps``,
+    ``checkpoint`` (the newest complete one, relative to the run folder, or null), ``reason`` of a
+    failure, ``warning`` (the last save that failed), ``host`` and ``pid`` of the process that wrote
+    it, with ``machine`` and ``started`` that tell it from a later one of the same number, and
+    ``time`` (seconds since 1970). A run that says "running" without a process was killed without a
+    chance to say more.
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
@@ -76,7 +78,8 @@ class Status:
     def fail(self, reason: str) -> None:
         """Say why the run ends; the first rank to say so is the one that counts."""
         if read_status(self._run_dir).get("state") == RUNNING:
-            self._content |= {"state": FAILED, "reason": f"rank {self._rank}: {reason}"}
+            said = {"step": ACTIVITY.step, "reason": f"rank {self._rank}: {reason}"}
+            self._content |= {"state": FAILED} | said
             self._replace()
 
     def _replace(self) -> None:

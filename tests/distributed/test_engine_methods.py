@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ def call_all(folder: str, is_changed: bool) -> dict[str, str]:
             wrong[name] = repr(error)
     for name in UNSUPPORTED:
         wrong |= _refusal_error(engine, name)
+    wrong |= _refusal_error(engine, "module.save_pretrained")
     for name, action in ACTIONS.items():
         try:
             action(engine, Path(folder))
@@ -245,7 +247,7 @@ def _refusal_error(engine: SDPEngine, name: str) -> dict[str, str]:
     """Empty when the method raises one line that names it and what to do."""
     for arguments in ((), (1, 2)):
         try:
-            getattr(engine, name)(*arguments)
+            attrgetter(name)(engine)(*arguments)
         except NotImplementedError as error:
             text = str(error)
             start = f"SDPEngine.{name}() is not supported; "

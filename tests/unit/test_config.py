@@ -120,6 +120,18 @@ def test_values_are_normalised() -> None:
     assert keys_without_effect(parse_config(BASE)) == []
 
 
+def test_what_is_off_may_stand_in_the_file() -> None:
+    off = {
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "flops_profiler": {"enabled": False},
+        "prescale_gradients": False,
+        "zero_optimization.offload_optimizer": {"device": "none"},
+    }
+    assert parse_config(changed(off)) == parse_config(BASE)
+    with pytest.raises(ConfigError, match="fp16: valid in DeepSpeed but not supported"):
+        parse_config(changed({"fp16": {"enabled": "auto"}}))
+
+
 ROUND_TRIPS: list[dict[str, Any]] = [
     {},
     {"sdp": {"owner_sets": [[0, 1], [1], [0, 1]], "masking": "backward"}},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.processes import this_process
 from sdp_llm.training.status import (
     FAILED,
@@ -33,11 +34,14 @@ def test_a_run_that_runs(tmp_path: Path) -> None:
     assert describe_status(read_status(tmp_path)) == "finished, step 20 of 20"
 
 
-def test_a_failure_has_its_reason(tmp_path: Path) -> None:
+def test_a_failure_has_its_reason_and_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ACTIVITY, "step", 6)
     Status(tmp_path, 0, 20).write(state=RUNNING, step=5)
     Status(tmp_path, 3, 20).fail("step 7: no")
     assert read_status(tmp_path)["state"] == FAILED
-    assert describe_status(read_status(tmp_path)) == "failed, step 0 of 20: rank 3: step 7: no"
+    assert describe_status(read_status(tmp_path)) == "failed, step 6 of 20: rank 3: step 7: no"
 
 
 @pytest.mark.parametrize(

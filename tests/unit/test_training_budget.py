@@ -9,6 +9,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from sdp_llm.config import BatchSizes, RunConfig, parse_config, resolve_batch
 from sdp_llm.errors import ConfigError
+from sdp_llm.training import inputs
 from sdp_llm.training.budget import check_memory, run_schedule, steps_from, total_steps
 from sdp_llm.training.position import Position
 
@@ -179,3 +180,18 @@ def test_a_limit_that_cannot_be_checked_is_refused() -> None:
         ConfigError, match=r"sdp\.memory_limit_gib = 1: cannot be checked, set it to"
     ):
         check_memory(run, experts, batch, schedule)
+
+
+def test_a_monitor_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
+    run = parse_config(
+        {
+            "model": {"config": "unused.json"},
+            "data": {"train": "unused", "sequence_length": 8},
+            "optimizer": {"type": "SGD"},
+            "training": {"steps": 1, "run_dir": "unused"},
+            "tensorboard": {"enabled": True},
+        }
+    )
+    with pytest.raises(ConfigError, match="the package tensorboard is not installed"):
+        inputs.load_inputs(run, 2)
