@@ -43,8 +43,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     folder.begin(0, prediction)
     device = torch.device(device_type())
     trainer = Trainer(run, inputs, SimulationBackend(run, inputs, device), folder, steps)
-    if trainer.backend.rank == 0:
-        print(summary_card(run, inputs, steps, prediction), flush=True)
+    trainer.say(summary_card(run, inputs, steps, prediction))
     trainer.fit()
     trainer.say(closing_lines(trainer))
 

@@ -289,9 +289,15 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         save_latest: bool,
     ) -> CheckpointWriting:
         self.wait_for_weights()
-        state = training_state(self, self.run, self.sharded.subnetwork, client_state)
-        name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        return CheckpointWriting(self.sharded, folder, name, state, save_latest=save_latest)
+        subnetwork = self.sharded.subnetwork
+        return CheckpointWriting(
+            folder,
+            f"global_step{self.global_steps}" if tag is None else str(tag),
+            training_state(self, self.run, subnetwork, client_state),
+            rank=subnetwork.rank,
+            shapes={spec.name: spec.shape for spec in subnetwork.layout.parameters},
+            save_latest=save_latest,
+        )
 
     def load_checkpoint(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +50,26 @@ class CheckpointWriting:
     another plan read it. :meth:`begin`, :meth:`write` and :meth:`finish` come in this order.
 
     :param state: what else is needed to go on, JSON only; rank 0's is written.
+    :param rank: which of the ranks this is.
+    :param shapes: of all parameters of the whole model, by name.
     :param save_latest: whether ``folder/latest`` names it in the end.
     """
 
     def __init__(
         self,
-        sharded: ShardedModel,
         folder: Path,
         tag: str,
         state: dict[str, Any],
         *,
+        rank: int,
+        shapes: Mapping[str, Sequence[int]],
         save_latest: bool = True,
     ) -> None:
-        self._sharded = sharded
         self._folder = folder
         self._tag = tag
         self._state = state
+        self._rank = rank
+        self._shapes = {name: list(shape) for name, shape in shapes.items()}
         self._save_latest = save_latest
         self._shared = SharedFolder(folder / tag)
 
@@ -90,7 +94,7 @@ class CheckpointWriting:
 
     def write(self, tensors: Sequence[tuple[str, Tensor]]) -> list[WrittenFile]:
         """Write this rank's tensors, in any thread; :func:`own_ranges` or a copy of them."""
-        path = self._shared.partial / f"rank-{self._sharded.subnetwork.rank:05d}.safetensors"
+        path = self._shared.partial / f"rank-{self._rank:05d}.safetensors"
         return [write_tensors(path, tensors)]
 
     def finish(self, write: Callable[[], list[WrittenFile]]) -> None:
@@ -105,9 +109,8 @@ class CheckpointWriting:
         agree(self._name_latest)
 
     def _describe(self, partial: Path, files: list[WrittenFile]) -> None:
-        parameters = {s.name: list(s.shape) for s in self._sharded.subnetwork.layout.parameters}
         keys = ((file.name, key) for file in files for key in read_header(partial / file.name))
-        problem = coverage_error(stored_ranges(keys), parameters)
+        problem = coverage_error(stored_ranges(keys), self._shapes)
         if problem is not None:
             raise ConfigError(
                 f"{self._folder / self._tag}: {problem}; not saved, as it could not be loaded"
@@ -116,12 +119,12 @@ class CheckpointWriting:
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": {f.name: {"bytes": f.size, "sha256": f.sha256} for f in files},
-            "parameters": parameters,
+            "parameters": self._shapes,
         }
         write_json(partial / MANIFEST, manifest | {"sha256": seal(manifest)})
 
     def _name_latest(self) -> None:
-        if self._save_latest and self._sharded.subnetwork.rank == 0:
+        if self._save_latest and self._rank == 0:
             replace_text(self._folder / LATEST, self._tag)
 
 

@@ -25,8 +25,10 @@ from sdp_llm.config.residual import RESIDUAL_SCALES, check_residual_scale
 from sdp_llm.errors import ConfigError
 
 DEFAULT_COVERAGE = Fraction(1, 2)
-_MASKING = choice("forward", "backward")
-_STRATEGY = choice("balanced", "cyclic", "random")
+MASKINGS = ("forward", "backward")
+STRATEGIES = ("balanced", "cyclic", "random")
+_MASKING = choice(*MASKINGS)
+_STRATEGY = choice(*STRATEGIES)
 _OWNER_KEYS = ("coverage", "owners_per_block", "owner_sets")
 
 

@@ -135,8 +135,7 @@ class IndexedDatasetWriter:
         """Append one document of ``ids``, shape [length], any integer dtype.
 
         :raises ValueError: ``ids`` is not one-dimensional, has an id that ``dtype`` cannot hold
-            (which
-            numpy would wrap silently), or the writer is closed.
+            (which numpy would wrap silently), or the writer is closed.
         """
         if self._bin is None:
             raise ValueError(f"{self._final[0]}: the writer is closed")
@@ -310,10 +309,8 @@ class IndexedDataset:
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return ``[start, stop)`` of the concatenated documents, int64 of shape [stop - start].
 
-
         :raises IndexError: The range is not within ``[0, num_tokens]``; unlike a Python slice, a
-            short
-            answer would silently shift every later sample.
+            short answer would silently shift every later sample.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.num_tokens} in {self.prefix}")

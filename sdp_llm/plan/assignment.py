@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sdp_llm.config import SDPConfig
+from sdp_llm.config.sdp_section import STRATEGIES
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.strategies import balanced_sets, cyclic_sets, random_sets
-
-STRATEGIES = ("balanced", "cyclic", "random")
 
 
 @dataclass(frozen=True)

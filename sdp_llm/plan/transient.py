@@ -34,9 +34,8 @@ def transient_bytes(groups: Sequence[tuple[int, Sequence[UnitSize]]], setup: Cos
       unit are collected together, since the first parameter of a block completes last.
 
     With overlap a unit under way keeps its buffers until one too many would be under way, at stage
-    0 until the next is. An upper
-    bound, reached but for the order in which a unit's parameters complete (a few percent at
-    stage 2).
+    0 until the next is. An upper bound, reached but for the order in which a unit's parameters
+    complete (a few percent at stage 2).
 
     :param groups: the units that a rank owns, in forward order: the number of owners, and the
         pieces of the unit (one, unless it was split).

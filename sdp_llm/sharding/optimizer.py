@@ -98,9 +98,8 @@ class ShardedOptimizer:
     def step(self) -> None:
         """Clip, update and distribute; or, on all ranks together, skip the step.
 
-        It is skipped where the gradient, or a loss that was watched, is not finite on a rank.
-
-        ``overflow`` says which, ``_global_grad_norm`` is the norm before clipping.
+        It is skipped where the gradient, or a loss that was watched, is not finite on a rank;
+        ``overflow`` says whether it was, ``_global_grad_norm`` is the norm before clipping.
         """
         ACTIVITY.enter(OPTIMIZER)
         shards = [unit.shard_grad for unit in self.owned]
@@ -123,9 +122,9 @@ class ShardedOptimizer:
     def distribute_weights(self, units: Sequence[Unit] | None = None) -> None:
         """Bring the masters of all owners into the weights of every rank that stores them.
 
-        :param units: only these (default: all); the same ones on every rank that stores them.
-
         With ``overlap`` they are under way when this returns: who reads a unit waits for it.
+
+        :param units: only these (default: all); the same ones on every rank that stores them.
         """
         units = self.units if units is None else units
         for unit in units:

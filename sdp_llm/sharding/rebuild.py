@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 
 from sdp_llm.agree import agree, check_agreement
+from sdp_llm.config.sdp_section import MASKINGS
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan
 from sdp_llm.plan.move import Move, order
@@ -26,7 +27,7 @@ from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import UnitLayout, find_blocks
 from sdp_llm.subnetwork.build import Subnetwork
 from sdp_llm.subnetwork.init import bind
-from sdp_llm.subnetwork.masking import MASKINGS, mask_blocks, restore_blocks
+from sdp_llm.subnetwork.masking import mask_blocks, restore_blocks
 
 Units = dict[str, Unit]  # of this rank, by name
 

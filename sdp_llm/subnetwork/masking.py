@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MASKINGS = ("forward", "backward")
-
 
 class SkippedBlock(nn.Module):
     """Takes the place of a block that this rank does not own: the residual stream passes by."""

@@ -65,7 +65,7 @@ class Backend(Protocol):
         """Whether one of the processes was asked to stop. Collective."""
         ...
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         """Wait for what the last step sent, before other collectives than the methods here."""
         ...
 
@@ -151,11 +151,11 @@ class EngineBackend:
         pending = self._in_background
         return self._is_asked(), pending is not None and pending.is_written()
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         self.engine.wait_for_weights()
 
     def must_stop(self) -> bool:
-        self.settle()
+        self.wait_for_weights()
         flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
         with ACTIVITY.waiting("request to stop"):
             if self.world_size > 1:
@@ -186,7 +186,7 @@ class EngineBackend:
         :raises ConfigError: on every rank, when one could not write.
         """
         assert self._in_background is not None
-        self.settle()
+        self.wait_for_weights()
         pending, self._in_background = self._in_background, None
         pending.finish()
 
@@ -267,7 +267,7 @@ class SimulationBackend:
         """Never: it is one process that any signal ends."""
         return False
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         """Nothing is sent."""
 
     def differing_units(self) -> dict[str, list[list[int]]]:

@@ -61,7 +61,7 @@ class Health:
             ranks have different weights of one unit.
         """
         if result.is_skipped or self._run.training.spike_factor is not None:
-            self._backend.settle()
+            self._backend.wait_for_weights()
             losses = gathered(result.losses).flatten().tolist()
             if self._backend.rank == 0:
                 self._report(result, losses, position)

@@ -185,7 +185,7 @@ class Trainer:
     def log(self, grad_norm: float) -> None:
         """Print one line and append it to the metrics. Collective."""
         ACTIVITY.enter(LOG)
-        self.backend.settle()
+        self.backend.wait_for_weights()
         reduced = self._meter.reduce()
         self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch

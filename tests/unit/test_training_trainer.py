@@ -51,7 +51,7 @@ class Notes:
         norm = math.nan if is_skipped else 0.5 * i
         return Step(torch.tensor([float(i + 1)]), norm, is_skipped)
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         pass
 
     def must_stop(self) -> bool:
