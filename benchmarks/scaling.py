@@ -80,7 +80,8 @@ Nothing here was measured. Assumed: {flops:.0f} TFLOP/s sustained per GPU, {over
 pass's compute can hide communication, and these links. *{fast}*: {nodes} GPUs per node, \
 {inner:.0f} GB/s per GPU within a node and {outer:.1f} GB/s per GPU between nodes. *{slow}*: the \
 same with one link of {link:.2f} GB/s per node. *{single}*: one GPU per node with such a link of \
-its own. No latency, no stragglers. bf16 with fp32 masters, {micro_batch} samples of {sequence} \
+its own. No latency, no stragglers; a rank has one collective under way, and waits in it for \
+owners that are still in another. bf16 with fp32 masters, {micro_batch} samples of {sequence} \
 tokens per GPU and step, no checkpointing; SDP masks forward at stage 2. A step is as many tokens \
 for all systems, not as much progress.
 
