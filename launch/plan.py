@@ -15,6 +15,7 @@ from sdp_llm.config import RunConfig, require_sections, resolve_batch
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Schedule
 from sdp_llm.plan.report import run_report
+from sdp_llm.plan.schedule import ENDLESS
 from sdp_llm.plan.schedule_cost import check_memory_limit, schedule_cost
 from sdp_llm.report.picture import phases_of_schedule, plan_svg
 from sdp_llm.report.png import save_plan
@@ -49,7 +50,8 @@ def show(
     batch = resolve_batch(config, world_size)
     # These take seconds to import; a wrong config has failed by now.
     from sdp_llm.subnetwork.measure import run_model_config
-    from sdp_llm.training.budget import run_schedule, run_size
+    from sdp_llm.training.budget import budget_line, run_schedule, run_size
+    from sdp_llm.training.position import Position
 
     model = run_model_config(config.model)
     schedule = run_schedule(config, model, batch, world_size)
@@ -57,6 +59,9 @@ def show(
     limit = config.sdp.memory_limit_gib
     name = Path(config.model.config).stem
     print(run_report(schedule, size, setup, model=name, memory_limit_gib=limit))
+    if schedule.total_steps != ENDLESS:
+        steps, samples = schedule.total_steps, batch.global_batch
+        print("\n" + budget_line(steps, samples, size.sequence_length, Position()))
     if picture is not None:
         draw(schedule, picture)
     if limit is not None:

@@ -43,7 +43,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     folder.begin(0, prediction)
     device = torch.device(device_type())
     trainer = Trainer(run, inputs, SimulationBackend(run, inputs, device), folder, steps)
-    trainer.say(summary_card(run, inputs, steps, prediction))
+    trainer.say(summary_card(run, inputs, steps, prediction, trainer.position))
     trainer.fit()
     trainer.say(closing_lines(trainer))
 

@@ -13,7 +13,7 @@ from sdp_llm.plan.cost import Cost, trained_numel
 from sdp_llm.plan.peers import peer_cost
 from sdp_llm.plan.phase_table import phase_table
 from sdp_llm.plan.render import render_ownership
-from sdp_llm.plan.schedule import ENDLESS, Phase, Schedule
+from sdp_llm.plan.schedule import Phase, Schedule
 from sdp_llm.plan.schedule_cost import ScheduleCost, schedule_cost
 from sdp_llm.plan.size import CostSetup, ModelSize
 from sdp_llm.plan.tables import GIB, number, table, unit_for
@@ -102,18 +102,8 @@ def _headline(schedule: Schedule, size: ModelSize, setup: CostSetup, model: str)
             f"{masking}ZeRO stage {setup.stage} inside owner sets{checkpointing}",
             f"{tokens:,} tokens per step = {ranks} ranks x {setup.accumulation} "
             f"micro-batch{plural} x {size.micro_batch} samples x {size.sequence_length} tokens",
-            *_budget_line(schedule, tokens),
         )
     )
-
-
-def _budget_line(schedule: Schedule, tokens: int) -> list[str]:
-    """The steps and tokens of the run, where there is a budget.
-
-    :param tokens: of a step.
-    """
-    steps = schedule.total_steps
-    return [] if steps == ENDLESS else [f"budget: {steps:,} steps, {steps * tokens:,} tokens"]
 
 
 def _trained_line(schedule: Schedule, size: ModelSize) -> str:

@@ -59,6 +59,13 @@ def run_schedule(
     return schedule_from_config(run.sdp, world_size, depth, steps)
 
 
+def budget_line(steps: int, batch: int, sequence_length: int, position: Position) -> str:
+    """The steps of a run and their tokens, of which those before ``position`` are read."""
+    size = f"of {batch} samples" if not position.step else f"(those to come of {batch} samples)"
+    tokens = position.tokens + (steps - position.step) * batch * sequence_length
+    return f"budget      {steps:,} steps {size}, {tokens:,} tokens"
+
+
 def check_positions(run: RunConfig, model: PretrainedConfig) -> None:
     """Check that the model takes samples as long as ``data.sequence_length``.
 

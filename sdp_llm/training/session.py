@@ -94,7 +94,7 @@ def train(
         size=size,
         saved_step=position.step if is_own else None,
     )
-    say(summary_card(run, inputs, steps, prediction))
+    say(summary_card(run, inputs, steps, prediction, position))
     share = _largest_share(inputs.schedule, subnetwork.layout)
     say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:

@@ -10,16 +10,25 @@ from sdp_llm.config import RunConfig, keys_without_effect
 from sdp_llm.data import TrainingData
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan.report import plan_parts, run_report
+from sdp_llm.training.budget import budget_line
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
+from sdp_llm.training.position import Position
 from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.trainer import Trainer
 
 
 def summary_card(
-    run: RunConfig, inputs: Inputs, steps: int, prediction: Prediction | ConfigError
+    run: RunConfig,
+    inputs: Inputs,
+    steps: int,
+    prediction: Prediction | ConfigError,
+    position: Position,
 ) -> str:
-    """The plan, what it costs, the data and the budget."""
+    """The plan, what it costs, the data and the budget.
+
+    :param steps: of the budget, with those before ``position``.
+    """
     assert run.model is not None
     name = Path(run.model.config).stem
     schedule = inputs.schedule
@@ -37,9 +46,8 @@ def summary_card(
         plan_lines,
         "",
         f"device      {device}, {ranks} rank{'s' if ranks > 1 else ''}",
-        *data_lines(inputs.train, steps * batch),
-        f"budget      {steps:,} steps of {batch} samples, "
-        f"{steps * batch * inputs.train.sequence_length:,} tokens",
+        *data_lines(inputs.train, position.samples + (steps - position.step) * batch),
+        budget_line(steps, batch, inputs.train.sequence_length, position),
         f"run folder  {run.training.run_dir}",
     ]
     if run.model.init_from is not None:

@@ -48,7 +48,7 @@ def test_prints_the_card_of_the_demo() -> None:
     rows = {line[:31].strip(): line[31:].split() for line in lines}
     assert "coverage 1/2 of the free blocks" in result.stdout
     assert "a rank trains 2.0 M of them (77.4%)" in lines
-    assert any(line.startswith("budget: ") and " steps, " in line for line in lines)
+    assert any(line.startswith("budget ") and " steps of " in line for line in lines)
     assert any(line.startswith("rank 3  P") and "5/8 blocks" in line for line in lines)
     for name in ("load", "connectivity", "turns", "owner sets", "λ", "\N{GREEK SMALL LETTER RHO}"):
         assert any(line.startswith(f"{name:<14}") for line in lines), name

@@ -10,7 +10,13 @@ from transformers import LlamaConfig, MixtralConfig
 from sdp_llm.config import BatchSizes, RunConfig, parse_config, resolve_batch
 from sdp_llm.errors import ConfigError
 from sdp_llm.training import inputs
-from sdp_llm.training.budget import check_memory, run_schedule, steps_from, total_steps
+from sdp_llm.training.budget import (
+    budget_line,
+    check_memory,
+    run_schedule,
+    steps_from,
+    total_steps,
+)
 from sdp_llm.training.position import Position
 
 BLOCKS, HIDDEN, INTERMEDIATE, VOCABULARY, SEQUENCE, BATCH = 8, 32, 48, 96, 16, 8
@@ -195,3 +201,11 @@ def test_a_monitor_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ConfigError, match="the package tensorboard is not installed"):
         inputs.load_inputs(run, 2)
+
+
+def test_the_budget_counts_what_was_read_with_another_batch() -> None:
+    assert budget_line(25, 8, 64, Position()) == "budget      25 steps of 8 samples, 12,800 tokens"
+    read = Position(step=15, samples=120, tokens=7680)
+    assert budget_line(25, 4, 64, read) == (
+        "budget      25 steps (those to come of 4 samples), 10,240 tokens"
+    )
