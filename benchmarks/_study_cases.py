@@ -141,9 +141,17 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         )
         for steps, share in ((50, 0.5), (50, 0.2), (1, 0.5))
     },
-    "forward 1/4, 1/2, full, a third each": phases(
-        (0.333, {"coverage": "1/4"}), (0.667, {}), (1.0, _FULL)
-    ),
+    **{
+        f"forward 1/4, {name}, full, a third each": phases(
+            (0.333, {"coverage": "1/4"}), (0.667, second), (1.0, _FULL)
+        )
+        # As many blocks on a rank in the second phase, in the mean.
+        for name, second in (
+            ("1/2", {}),
+            ("first 3", {"coverage": "1/4", "pinned_first": 3}),
+            ("last 3", {"coverage": "1/4", "pinned_last": 3}),
+        )
+    },
     "forward 1/2, first 20% full": phases((0.2, _FULL), (1.0, {})),
     **{name: {"coverage": "1/2"} for name in FREE_RATES},
 }

@@ -112,6 +112,7 @@ _SCHEDULES = tuple(
         [
             "forward 1/2, rotated every 50, last 50% full",
             _GROWING,
+            *(f"forward 1/4, {side} 3, full, a third each" for side in ("first", "last")),
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
             *(_LATE_BACKWARD, _LATE_FULL, _SCALED),
