@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.rendezvous import be_alone_by_default, meet
 
 
@@ -26,7 +27,8 @@ def init_distributed(timeout: timedelta) -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # Kept until the process group has its own: rank 0's keeps the server alive.
     store = None if dist.is_initialized() else meet(timeout)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    with ACTIVITY.waiting("process group of all ranks"):
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
     del store
     if groups._WORLD_GROUP is None:
         # DeepSpeed's engine would make a copy, which on NCCL has communication buffers of its own.

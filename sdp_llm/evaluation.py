@@ -24,6 +24,7 @@ from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import UnitLayout, find_blocks
+from sdp_llm.world import all_reduce
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,7 @@ def evaluate(
     device = sharded.device
     rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    if dist.get_world_size() > 1:
-        with ACTIVITY.waiting("start of the validation"):
-            dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    all_reduce(rounds, "start of the validation", dist.ReduceOp.MAX)
     with whole_model(sharded) as model:
         for i in range(int(rounds)):
             ACTIVITY.beat()
@@ -174,8 +173,5 @@ def evaluate(
                 continue
             total[0] += loss(model, part).double()
             total[1] += target_count(part)
-    with ACTIVITY.waiting("validation loss"):
-        if dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        value, tokens = total.tolist()
+    value, tokens = all_reduce(total, "validation loss").tolist()
     return Evaluation(value / tokens, int(tokens))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.sharding.materialize import ShardedModel
+from sdp_llm.world import all_gather
 
 _CHUNK = 1 << 20  # elements at a time: their int64 copies take 24 MiB
 _GOLDEN = -0x61C8864680B583EB  # 2**64 over the golden ratio, odd, as a signed integer
@@ -47,9 +47,8 @@ def differing_units(sharded: ShardedModel) -> dict[str, list[list[int]]]:
     for i, layout in enumerate(units):
         if layout.name in here:
             row[i] = checksum(here[layout.name].flat[: layout.numel])
-    size = dist.get_world_size()
-    rows = row.new_empty(size, len(units))
-    dist.all_gather_single(rows.view(-1), row)
+    rows = all_gather(row, "checksums of the weights")
+    size = len(rows)
     is_everywhere = subnetwork.masking == "backward"
     holders = {u.name: range(size) if is_everywhere else subnetwork.owners(u) for u in units}
     return _disagreements(holders, rows.tolist())

@@ -13,12 +13,13 @@ each unit twice, one after the other, and needs two more fp32 buffers of at most
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sdp_llm.activity import ACTIVITY
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.norm import squared_norm
 from sdp_llm.sharding.unit import Unit
+from sdp_llm.world import all_reduce
 
 
 class GradientProbe:
@@ -50,7 +51,8 @@ class GradientProbe:
         summands, pending = communicator.reduce_scatter(
             direction, direction.new_empty(numel), unit.group
         )
-        pending.wait()
+        with ACTIVITY.waiting(f"likeness of the gradients of {unit.layout.name}", unit.owners):
+            pending.wait()
         total = summands[0]
         for summand in summands[1:]:
             total += summand
@@ -67,8 +69,7 @@ class GradientProbe:
         for unit in self._sharded.owned:
             place = self._places[unit.layout.name]
             self._sums[place, 2] += squared_norm(unit.shard_grad)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(self._sums)
+        all_reduce(self._sums, "norms of the gradients")
         plan, found = self._sharded.subnetwork.plan, {}
         layouts = self._sharded.subnetwork.layout.units
         for layout, row in zip(layouts, self._sums.tolist(), strict=True):

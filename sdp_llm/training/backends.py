@@ -25,6 +25,7 @@ from sdp_llm.sharding.probe import GradientProbe
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.inputs import Inputs
+from sdp_llm.world import all_reduce
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,7 @@ class EngineBackend:
     def must_stop(self) -> bool:
         self.wait_for_weights()
         flag = torch.tensor(float(self._is_asked()), device=self.engine.device)
-        with ACTIVITY.waiting("request to stop"):
-            if self.world_size > 1:
-                dist.all_reduce(flag, dist.ReduceOp.MAX)
-            return bool(flag)
+        return bool(all_reduce(flag, "request to stop", dist.ReduceOp.MAX))
 
     def differing_units(self) -> dict[str, list[list[int]]]:
         return differing_units(self.engine.sharded)

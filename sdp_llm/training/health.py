@@ -14,9 +14,9 @@ from sdp_llm.data.sampler import rank_slice
 from sdp_llm.errors import TrainingStopped
 from sdp_llm.training.backends import Backend, Step
 from sdp_llm.training.inputs import Inputs
-from sdp_llm.training.metrics import gathered
 from sdp_llm.training.position import Position
 from sdp_llm.training.run_folder import RunFolder
+from sdp_llm.world import all_gather
 
 WINDOW = 128  # steps whose median a spike is measured by
 FEWEST = 16  # steps until there is a median to speak of
@@ -62,7 +62,7 @@ class Health:
         """
         if result.is_skipped or self._run.training.spike_factor is not None:
             self._backend.wait_for_weights()
-            losses = gathered(result.losses).flatten().tolist()
+            losses = all_gather(result.losses, "losses of the step").flatten().tolist()
             if self._backend.rank == 0:
                 self._report(result, losses, position)
         limit = self._run.training.max_skipped_steps

@@ -12,8 +12,9 @@ from torch import Tensor
 from sdp_llm.engine import SDPEngine
 from sdp_llm.plan.tables import number, table, unit_for
 from sdp_llm.training.environment import device_type
-from sdp_llm.training.metrics import gathered, memory
+from sdp_llm.training.metrics import memory
 from sdp_llm.training.prediction import Prediction
+from sdp_llm.world import all_gather
 
 # The optimizer makes its moments in the first step; the second is the first to need all memory.
 STEPS = 2
@@ -89,7 +90,8 @@ class MemoryCheck:
             predicted[PEAK] = max(cost.total for cost in (coming, *past))
             measured[PEAK] = memory()[1]
         values = [*predicted.values(), *(measured[name] for name in predicted)]
-        rows = gathered(torch.tensor(values, dtype=torch.float64, device=device_type())).tolist()
+        own = torch.tensor(values, dtype=torch.float64, device=device_type())
+        rows = all_gather(own, "memory of all ranks").tolist()
         half = len(predicted)
         ranks = [
             Compared(

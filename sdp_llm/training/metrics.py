@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from sdp_llm.activity import ACTIVITY
 from sdp_llm.training.environment import device_type
+from sdp_llm.world import all_gather
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Meter:
         now, peak = memory()
         means = self._total / self._steps
         sizes = torch.tensor([now, peak], dtype=torch.float64, device=means.device)
-        rows = gathered(torch.cat([means, sizes]))
+        rows = all_gather(torch.cat([means, sizes]), "losses of the log line")
         losses, memories = rows[:, :-2].flatten(), rows[:, -2:]
         lowest, highest = int(losses.argmin()), int(losses.argmax())
         low, high = memories.min(0).values.tolist(), memories.max(0).values.tolist()
@@ -85,16 +84,6 @@ class Meter:
         )
         self._total, self._steps, self._seconds = None, 0, 0.0
         return result
-
-
-def gathered(row: Tensor) -> Tensor:
-    """The 1-D tensors of all ranks, equally long, as rows ``[ranks, length]``. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return row[None]
-    rows = row.new_empty(dist.get_world_size(), len(row))
-    with ACTIVITY.waiting("losses of the log line"):
-        dist.all_gather_single(rows.view(-1), row)
-    return rows
 
 
 def memory() -> tuple[int, int]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY, DATA, LOG, VALIDATE
@@ -26,6 +25,7 @@ from sdp_llm.training.position import Position
 from sdp_llm.training.progress import HEADER_EVERY, LogLine, ProgressBar, format_line, header, say
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
+from sdp_llm.world import all_reduce
 
 
 class Trainer:
@@ -276,9 +276,5 @@ class Trainer:
         if self._validation is None or self.run.data.tokenizer is None:
             return None
         own = target_bytes(load_tokenizer(self.run.data.tokenizer), self._validation)
-        if self.backend.world_size == 1:
-            return own
-        counts = [0] * self.backend.world_size
-        with ACTIVITY.waiting("bytes of the validation text"):
-            dist.all_gather_object(counts, own)
-        return sum(counts)
+        count = torch.tensor(own, device=device_type())
+        return int(all_reduce(count, "bytes of the validation text"))

@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "activity", "processes", "files"),
     ("config", "launched", "versions", "tokenizer"),
     ("plan", "data", "cli", "rendezvous", "chunked_head"),
-    ("loss", "optim", "agree", "distributed", "answers", "unsupported"),
+    ("loss", "optim", "agree", "world", "distributed", "answers", "unsupported"),
     ("subnetwork",),
     ("sharding", "simulation"),
     ("checkpoint", "evaluation", "exported"),
@@ -59,3 +59,29 @@ def test_a_wrong_config_fails_before_anything_heavy_is_imported() -> None:
     for path in FILES:
         if part(".".join(path.relative_to(ROOT).with_suffix("").parts)) in ("config", "plan"):
             assert not HEAVY & {module.split(".")[0] for module in imported(path)}, path
+
+
+COLLECTIVES = {
+    f"dist.{name}"
+    for name in ("all_reduce", "all_gather_object", "all_gather_single", "barrier", "broadcast")
+}
+# Whoever calls these waits, for what only the caller can name.
+CALLED_WAITING = {"sharding/collectives.py", "sharding/norm.py"}
+
+
+def unnoted(tree: ast.AST, is_noted: bool = False) -> Iterator[ast.Call]:
+    """The calls of collectives that no ``with ACTIVITY.waiting(...)`` is around."""
+    if isinstance(tree, ast.With):
+        is_noted |= any("ACTIVITY.waiting" in ast.unparse(item) for item in tree.items)
+    if isinstance(tree, ast.Call) and not is_noted and ast.unparse(tree.func) in COLLECTIVES:
+        yield tree
+    for child in ast.iter_child_nodes(tree):
+        yield from unnoted(child, is_noted)
+
+
+def test_the_watchdog_knows_of_every_wait_for_other_ranks() -> None:
+    """Where a collective is not noted, a rank that another tears out of it blames itself."""
+    for path in FILES:
+        if str(path.relative_to(ROOT / "sdp_llm")) not in CALLED_WAITING:
+            calls = unnoted(ast.parse(path.read_text(encoding="utf-8")))
+            assert [ast.unparse(call) for call in calls] == [], path
