@@ -40,7 +40,8 @@ def initialize(
     :param total_num_steps: the budget: that of ``sdp.schedule``, and what
         ``scheduler.params.total_num_steps: "auto"`` stands for.
     :returns: engine, optimizer, dataloader (None without ``training_data``) and scheduler.
-    :raises ConfigError: for a wrong config or a model without a single list of blocks.
+    :raises ConfigError: for a wrong config or a model without a single list of blocks; for
+        ``sdp.memory_limit_gib`` without a ``data`` section.
     """
     if isinstance(config, RunConfig):
         run = config
@@ -48,6 +49,11 @@ def initialize(
         run = parse_config(config)
     else:
         run = load_config(Path(config))
+    if run.sdp.memory_limit_gib is not None and run.data is None:
+        raise ConfigError(
+            f"sdp.memory_limit_gib = {run.sdp.memory_limit_gib:g}: memory cannot be predicted "
+            "without data.sequence_length; remove it, or ask launch/plan.py before the run"
+        )
     for name, value in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
         if value is not None and not callable(value):
             raise ConfigError(

@@ -180,6 +180,11 @@ def test_wrong_calls_get_one_line(pools: Pools) -> None:
         ({}, bare, "optimizer: missing"),
         ({"frozen": "model.norm.weight"}, config, "model: model.norm.weight is frozen"),
         ({}, config | {"train_batch_size": 7}, "train_batch_size"),
+        (
+            {},
+            config | {"sdp": {**config["sdp"], "memory_limit_gib": 1e-6}},
+            "sdp.memory_limit_gib = 1e-06: memory cannot be predicted",
+        ),
     ]
     for arguments, given, start in calls:
         for message in pools(2).run(error_of, arguments, given):
