@@ -173,6 +173,11 @@ def same_state(found: Any, expected: Any) -> None:
 EXACT = {
     "fp32": ["zero_optimization.stage=2"],
     "bf16": ["bf16.enabled=true", "zero_optimization.stage=1"],
+    # The step at which it stops is the one after which the phase changes.
+    "phases": [
+        'sdp.schedule=[{"until": 0.5, "rotate_every": 1}, {"until": 1, "masking": "backward"}]',
+        "zero_optimization.stage=1",
+    ],
     "backward": ["bf16.enabled=true", "sdp.masking=backward", "zero_optimization.stage=0"],
 }
 
