@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from benchmarks._study_cases import DENSE, HALF, Case
-from benchmarks._study_plan import LARGER_START, QUESTIONS, STEPS, WIDE
+from benchmarks._record import markdown_table
+from benchmarks._study_cases import DENSE, HALF, Case, Model
+from benchmarks._study_plan import COMPARED, LARGER_START, PRESETS, QUESTIONS, STEPS, WIDE
 from benchmarks._study_results import Results
-from benchmarks._study_rows import Row, dense_of, rows_of, table
+from benchmarks._study_rows import Row, dense_of, label, rows_of, table
 
 # A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -57,7 +59,42 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "sizes": lambda results: _rows(rows_of(half, results), _MODEL),
         "wide": lambda results: _by_loss(wide, results),
         "start": lambda results: _by_loss(start, results),
+        "presets": _presets,
+        "untrained": _untrained,
     }
+
+
+def _presets(results: Results) -> str:
+    """The gap of every preset, and of the dense models that need what its ranks do."""
+
+    def case(kind: str, blocks: int, model: Model, steps: int) -> Case:
+        if kind != DENSE:
+            return Case(model, kind, steps)
+        return Case(replace(model, blocks=blocks), DENSE, steps, reference=model)
+
+    rows = [
+        *((name, kind, 0) for name, kind in PRESETS.items()),
+        *(("-", DENSE, blocks) for blocks in (5, 4)),
+    ]
+    cells = []
+    for name, kind, blocks in rows:
+        compared = [case(kind, blocks, *setting) for setting in COMPARED.values()]
+        found = [rows_of([each], results) for each in compared]
+        gaps = [row[0].gap.text("+") if row and row[0].gap else "-" for row in found]
+        cells.append([name, label(compared[0]), *gaps])
+    return markdown_table(["preset", "training", *COMPARED], cells) + "\n"
+
+
+def _untrained(results: Results) -> str:
+    """What is listed and has no run, by model and budget."""
+    by_setting: dict[str, list[str]] = {}
+    for case in dict.fromkeys(case for cases in QUESTIONS.values() for case in cases):
+        if not results.of(case):
+            batch = f", batch x {case.samples}" if case.samples > 1 else ""
+            budget = "" if case.is_equal_flops else "equal steps, "
+            setting = f"{dense_of(case).model}{batch}, {budget}{case.dense_steps:,}"
+            by_setting.setdefault(setting, []).append(label(case))
+    return "".join(f"- {setting}: {'; '.join(labels)}\n" for setting, labels in by_setting.items())
 
 
 def _by_loss(

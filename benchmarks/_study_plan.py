@@ -91,7 +91,7 @@ _BOTH = (
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
-    *(Case(BASE, kind, LONG) for kind in _BOTH),
+    *(Case(BASE, kind, LONG) for kind in (*_BOTH, "forward 1/2, scale eval")),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
@@ -197,10 +197,23 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
         *_LARGER_START,
         *(
             Case(LARGER_START, kind, STEPS)
-            for kind in ("forward 1/2, scale eval", _LATE_FULL, _GROWING)
+            for kind in ("forward 1/2, scale eval", _LATE_BACKWARD, _GROWING)
         ),
     ),
     9: _SCHEDULES,
+}
+# The configs of SDP that are named for what they are for, and what the study calls the same.
+PRESETS: Mapping[str, str] = {
+    "memory": _SCALED,
+    "balanced": "forward 1/2, scale eval",
+    "quality": _LATE_BACKWARD,
+}
+# What they are compared at: the column's title, the model and the budget.
+COMPARED: Mapping[str, tuple[Model, int]] = {
+    "width 32": (BASE, STEPS),
+    "width 32, long": (BASE, LONG),
+    "width 64": (WIDE, STEPS),
+    "width 64, larger weights": (LARGER_START, STEPS),
 }
 PROBED = frozenset(QUESTIONS[7])
 # What the defaults hang on.

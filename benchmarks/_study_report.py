@@ -136,22 +136,24 @@ def _alignments(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
     return [about, f"![cosine]({name})", markdown_table(header, cells)]
 
 
-def gap_trend(rows: Sequence[Row]) -> Fit | None:
+def gap_trend(rows: Sequence[Row], is_per_parameter: bool = True) -> Fit | None:
     """The gap of forward masking at 1/2, linear in the logarithms of size, depth and tokens.
 
-    Size is the parameters of the model, tokens are those of the dense run per parameter; both and
-    the depth are over those of the base model, so that the constant is the gap there. Every seed
-    is a point.
+    Size is the parameters of the model; both and the depth are over those of the base model, so
+    that the constant is the gap there. Every seed is a point.
+
+    :param is_per_parameter: tokens are those of the dense run per parameter, so that size changes
+        at as many tokens per parameter; otherwise they are its tokens, and size changes at as many.
     """
     columns: dict[str, list[float]] = {"at the base": [], "size": [], "depth": [], "tokens": []}
     gaps = []
     dense = {row.case: row for row in rows if row.case.kind == DENSE}
-    base = _scales(Case(BASE, DENSE, STEPS))
+    base = _scales(Case(BASE, DENSE, STEPS), is_per_parameter)
     for row in rows:
         other = dense.get(dense_of(row.case))
         if row.case.kind != HALF or row.case.samples != 1 or other is None:
             continue
-        scales = zip(_scales(other.case), base, strict=True)
+        scales = zip(_scales(other.case, is_per_parameter), base, strict=True)
         point = (1.0, *(math.log2(value / at_base) for value, at_base in scales))
         for seed in row.by_seed.keys() & other.by_seed.keys():
             gaps.append(row.by_seed[seed]["loss"] - other.by_seed[seed]["loss"])
@@ -160,10 +162,10 @@ def gap_trend(rows: Sequence[Row]) -> Fit | None:
     return fit(columns, gaps) if gaps else None
 
 
-def _scales(case: Case) -> tuple[float, float, float]:
-    """Parameters, blocks, and tokens per parameter."""
+def _scales(case: Case, is_per_parameter: bool) -> tuple[float, float, float]:
+    """Parameters, blocks, and tokens."""
     size = size_of(case.model).numel
-    return size, case.model.blocks, case.tokens() / size
+    return size, case.model.blocks, case.tokens() / (size if is_per_parameter else 1)
 
 
 def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
@@ -178,14 +180,19 @@ def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
         "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost.parameters:.1f}",
     }
     parts.append(table(rows, extra))
-    found = gap_trend(rows)
-    if found is not None:
-        terms = zip(found.names, found.values, found.errors, strict=True)
+    found, at_equal_tokens = gap_trend(rows), gap_trend(rows, is_per_parameter=False)
+    if found is not None and at_equal_tokens is not None:
+        terms = [*zip(found.names, found.values, found.errors, strict=True)]
+        size = found.names.index("size")
+        terms.append(
+            ("size, as many tokens", at_equal_tokens.values[size], at_equal_tokens.errors[size])
+        )
         cells = [[name, f"{value:+.4f}", f"{error:.4f}"] for name, value, error in terms]
         parts.append(
             f"The gap in nats per token at the base model, and how each doubling of parameters, "
             f"depth and tokens per parameter changes it: least squares over {found.count} pairs "
-            f"of runs, whose residuals scatter by {found.scatter:.4f}."
+            f"of runs, whose residuals scatter by {found.scatter:.4f}. Size changes at as many "
+            "tokens per parameter, in the last row at as many tokens."
         )
         parts.append(markdown_table(["term", "coefficient", "standard error"], cells))
     return parts

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks._study_cases import KINDS
+from benchmarks._study_plan import PRESETS
 from sdp_llm.config import (
     PhaseConfig,
     RunConfig,
@@ -37,12 +38,6 @@ from sdp_llm.subnetwork.measure import load_model_config, model_size
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-# By name: what the study calls the same (docs/study.md).
-PRESETS = {
-    "memory": "forward 1/4, scale eval",
-    "balanced": "forward 1/2, scale eval",
-    "quality": "forward 1/4, 1/2, full, a third each",
-}
 
 BASE: Mapping[str, Any] = {
     "train_batch_size": 32,

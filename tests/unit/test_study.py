@@ -6,10 +6,12 @@ import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from benchmarks import _study_report
 from benchmarks._record import ROOT
 from benchmarks._study_alignment import alignment, cosine
 from benchmarks._study_cases import (
@@ -360,6 +362,21 @@ def test_the_tables_of_the_study_are_those_of_its_runs() -> None:
     assert fill(page, read_results(ROOT / "docs" / "study")) == page
 
 
+def test_the_pages_of_the_study_are_those_of_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_study_report, "pictures", Mock())
+    pages = ROOT / "docs" / "study"
+    made = [
+        path
+        for path in _study_report.write_report(read_results(pages), tmp_path)
+        if path.suffix == ".md"
+    ]
+    assert {path.name for path in made} == {path.name for path in pages.glob("*.md")}
+    for path in made:
+        assert path.read_text("utf-8") == (pages / path.name).read_text("utf-8"), path.name
+
+
 def test_runs_in_one_file_are_results_again(results: Results, tmp_path: Path) -> None:
     write_together(results, tmp_path / TOGETHER)
     assert str(tmp_path) not in (tmp_path / TOGETHER).read_text()
@@ -389,6 +406,12 @@ def test_the_trend_of_the_gap_is_found(results: Results) -> None:
     slopes = dict(zip(trend.names, trend.values, strict=True))
     assert slopes["tokens"] == pytest.approx(0.1)
     assert slopes["depth"] == pytest.approx(0.0, abs=1e-9)
+    assert slopes["size"] == pytest.approx(0.0, abs=1e-9)
+    # Twice the parameters halve the tokens per parameter of as many tokens.
+    trend = gap_trend(rows_of(QUESTIONS[8], results), is_per_parameter=False)
+    assert trend is not None
+    slopes = dict(zip(trend.names, trend.values, strict=True))
+    assert slopes["size"] == pytest.approx(-0.1)
 
 
 def test_a_report_of_nothing_has_no_questions(tmp_path: Path) -> None:
