@@ -126,7 +126,8 @@ class Saver:
         if is_async:
             self._pending = _Pending(position.step, started, stalled)
             return None
-        return self._saved(_Pending(position.step, started, stalled))
+        self._saved(_Pending(position.step, started, stalled))
+        return None
 
     def finish_written(self, is_written: bool) -> None:
         """Give the checkpoint in the background its name, once all ranks have written. Collective.
@@ -159,12 +160,8 @@ class Saver:
         stalled = pending.stalled + time.perf_counter() - started
         self._saved(replace(pending, stalled=stalled))
 
-    def _saved(self, save: _Pending) -> str | None:
+    def _saved(self, save: _Pending) -> None:
         self._saved_step = save.step
-        try:
-            agree(self._remove_old)
-        except ConfigError as error:
-            return self._failed(save.step, error)
         tag, seconds = tag_of(save.step), time.perf_counter() - save.started
         self._save_seconds = seconds
         stall = f", training waited {save.stalled:.1f} s" if self._config.async_save else ""
@@ -172,7 +169,13 @@ class Saver:
         entry = {"checkpoint/seconds": seconds, "checkpoint/stalled_seconds": save.stalled}
         self._folder.log({"step": save.step, **entry})
         self._status.write(step=save.step, checkpoint=f"checkpoints/{tag}")
-        return None
+        try:
+            agree(self._remove_old)
+        except ConfigError as error:
+            # They take space, but what was just saved is whole.
+            reason = f"is saved, but older checkpoints cannot be removed: {error}"
+            self._say(f"warning: step {save.step} {reason}")
+            self._status.write(warning=f"step {save.step} {reason}")
 
     def _failed(self, step: int, error: ConfigError) -> str:
         self._say(f"warning: step {step}: no checkpoint: {error}")
@@ -217,7 +220,13 @@ class Saver:
         )
 
     def _remove_old(self) -> None:
-        if self._backend.rank == 0:
-            folder, config = self._folder.checkpoints, self._config
+        if self._backend.rank != 0:
+            return
+        folder, config = self._folder.checkpoints, self._config
+        try:
             old = steps_to_remove(steps_in(folder), config.keep_last, config.keep_every)
             remove(folder, old)
+        except OSError as error:
+            raise ConfigError(
+                f"{error}; mend that before the disk is full: each save tries again"
+            ) from error

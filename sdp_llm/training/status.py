@@ -53,10 +53,10 @@ class Status:
 
     Beside it stand ``step`` (at the last save, or where it ended) and ``total_steps``,
     ``checkpoint`` (the newest complete one, relative to the run folder, or null), ``reason`` of a
-    failure, ``warning`` (the last save that failed), ``host`` and ``pid`` of the process that wrote
-    it, with ``machine`` and ``started`` that tell it from a later one of the same number, and
-    ``time`` (seconds since 1970). A run that says "running" without a process was killed without a
-    chance to say more.
+    failure, ``warning`` (the last save, or removal of old checkpoints, that failed), ``host`` and
+    ``pid`` of the process that wrote it, with ``machine`` and ``started`` that tell it from a later
+    one of the same number, and ``time`` (seconds since 1970). A run that says "running" without a
+    process was killed without a chance to say more.
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:

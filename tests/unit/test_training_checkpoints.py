@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -206,6 +207,34 @@ def test_a_save_that_fails_is_a_warning_or_the_end(tmp_path: Path) -> None:
     job.save_and_stop(Position(step=4), 9)
     status = read_status(tmp_path / "run")
     assert (status["state"], status["checkpoint"]) == ("preempted", "checkpoints/step-4")
+
+
+def test_old_checkpoints_that_stay_are_a_warning_only(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = saver(tmp_path, Disk(), said)
+    for step in (1, 2):
+        job.save(Position(step=step))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".step-1.removed").touch()  # in the way
+    said.clear()
+    assert job.save(Position(step=3)) is None
+    saved, warning = said
+    assert saved.startswith(f"saved {checkpoints / 'step-3'} in ")
+    rule = "step 3 is saved, but older checkpoints cannot be removed: rank 0: "
+    assert warning.startswith(f"warning: {rule}")
+    assert str(checkpoints / "step-1") in warning
+    assert warning.endswith("; mend that before the disk is full: each save tries again")
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 3
+    status = read_status(tmp_path / "run")
+    assert (status["step"], status["checkpoint"]) == (3, "checkpoints/step-3")
+    assert status["warning"].startswith(rule)
+    job.save_and_stop(Position(step=4), 9)
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["checkpoint"]) == ("preempted", "checkpoints/step-4")
+    (checkpoints / ".step-1.removed").unlink()
+    job.save(Position(step=5))
+    assert names(checkpoints) == {"step-4", "step-5"}
 
 
 def test_the_first_failure_is_the_reason(tmp_path: Path) -> None:
