@@ -20,6 +20,8 @@ from sdp_llm.files import sha256_of, sync
 # <fcntl.h> and <linux/fs.h>
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# How the hidden name ends that a folder has while another takes its name.
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ class SharedFolder:
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
 
     def prepare(self) -> None:
-        """Make the hidden folder, empty. Collective.
+        """Make the hidden folder, empty, and mend what a killed process left. Collective.
 
         :raises ConfigError: on every rank, when that fails.
         """
 
         def make() -> None:
             if self._is_first:
+                put_back(self._folder)
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
 
@@ -161,12 +164,26 @@ def _move_into_place(partial: Path, folder: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
     elif not _exchange(partial, folder):
-        replaced = folder.with_name(f".{folder.name}.replaced")
+        replaced = _replaced(folder)
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            put_back(folder)
+            raise
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Give a folder its name again that had to make way for one that did not come."""
+    if _replaced(folder).exists() and not folder.exists():
+        _replaced(folder).rename(folder)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{REPLACED}")
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdp_llm.checkpoint.save import LATEST
+from sdp_llm.checkpoint.together import REPLACED, put_back
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import replace_text, sync
@@ -68,9 +69,14 @@ def set_aside(folder: Path, after: int) -> list[str]:
 
 
 def clear_rubbish(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
+    """Remove what a killed process left half written or half removed.
+
+    A folder that it had not replaced yet gets its name back.
+    """
+    for path in folder.glob(f".*{REPLACED}"):
+        put_back(folder / path.stem[1:])
     for path in folder.glob(".*"):
-        if path.suffix in (".partial", ".removed", ".replaced"):
+        if path.suffix in (".partial", ".removed", REPLACED):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -16,6 +16,7 @@ from sdp_llm.checkpoint.coverage import coverage_error, stored_ranges, tensor_ke
 from sdp_llm.checkpoint.stream import read_header, write_tensors
 from sdp_llm.checkpoint.together import WrittenFile, write_together, written
 from sdp_llm.errors import ConfigError
+from sdp_llm.training.checkpoints import clear_rubbish
 
 PARAMETERS = {"a": [2, 3], "b": [4]}
 
@@ -150,6 +151,56 @@ def test_what_fails_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> No
     ):
         write_together(tmp_path / "folder", fail, lambda partial, files: None, is_x)
     assert (tmp_path / "folder" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+class Killed(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+def between_two_names(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Fail when the old folder has made way and the new one takes its name."""
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(together, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", fail)
+
+
+def test_a_name_that_cannot_be_taken_stays_the_old_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("old", tmp_path / "folder")
+    between_two_names(monkeypatch, OSError(5, "Input/output error"))
+    with pytest.raises(ConfigError, match="Input/output error"):
+        write("new", tmp_path / "folder")
+    assert (tmp_path / "folder" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("is_cleared", [True, False])
+def test_after_a_crash_between_two_names_the_old_folder_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cleared: bool
+) -> None:
+    folder = tmp_path / "folder"
+    write("old", folder)
+    (folder / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        between_two_names(patch, Killed())
+        with pytest.raises(Killed):
+            write("new", folder)
+    assert {path.name for path in tmp_path.iterdir()} == {".folder.partial", ".folder.replaced"}
+    if is_cleared:
+        clear_rubbish(tmp_path)
+        assert (folder / "x").read_text() == "old"
+    else:
+        write("newer", folder)
+        assert (folder / "x").read_text() == "newer"
+    assert (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

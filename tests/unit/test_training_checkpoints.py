@@ -71,6 +71,14 @@ def test_only_complete_names_count(tmp_path: Path) -> None:
     assert names(folder) == {"step-10.set-aside", "step-12.set-aside"}
 
 
+def test_what_was_replaced_is_rubbish_once_another_has_its_name(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "step-1", ".step-1.replaced", ".step-2.replaced")
+    (folder / "step-1" / "new").touch()
+    clear_rubbish(folder)
+    assert names(folder) == {"step-1", "step-2"}
+    assert (folder / "step-1" / "new").exists()
+
+
 def test_the_latest_is_one_that_was_not_set_aside(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "step-9", "step-10", "step-11")
     (folder / "latest").write_text("step-11")
