@@ -186,11 +186,18 @@ def _environment(world_size: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with ``-dirty`` for changed files; None outside git."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this source tree, with ``-dirty`` for changed files; None where git has it not."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=here.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        # An installed package may lie in another repository, whose commit is not its own.
+        git("ls-files", "--error-unmatch", "--", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

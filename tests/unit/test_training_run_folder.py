@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from sdp_llm.config import RunConfig, load_config, parse_config
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Phase, Plan, Schedule, make_plan
+from sdp_llm.training import run_folder
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.versions import PACKAGES
 
@@ -60,6 +62,30 @@ def test_what_it_holds(tmp_path: Path) -> None:
     assert environment["packages"]["torch"].startswith("2.")
     assert environment["command"]
     assert (path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+        return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
+
+    def commit() -> str | None:
+        RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True).begin()
+        environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+        return environment["commit"]
+
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # of a hook that runs tests
+        monkeypatch.delenv(name, raising=False)
+    package = tmp_path / "lib" / "sdp_llm"
+    package.mkdir(parents=True)
+    (package / "run_folder.py").touch()
+    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "of another project")
+    assert commit() is None
+    git("add", "lib")
+    git("commit", "-q", "-m", "with the package")
+    assert commit() == git("rev-parse", "HEAD")
 
 
 def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
