@@ -91,7 +91,7 @@ _BOTH = (
 _LONG = (
     Case(BASE, DENSE, LONG),
     _smaller(5, LONG),
-    *(Case(BASE, kind, LONG) for kind in (*_BOTH, "forward 1/2, scale eval")),
+    *(Case(BASE, kind, LONG) for kind in (*_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
 _UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]

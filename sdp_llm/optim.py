@@ -57,8 +57,8 @@ def wrong_parameters_explained(scheduler: str) -> Iterator[None]:
         ) from error
 
 
-# What an optimizer or a scheduler adds to a group only when it begins, and the parameters.
-_LATER = {"params", "step", "initial_lr"}
+# Not compared: the parameters, and what an optimizer or a scheduler adds only when it begins.
+_NOT_COMPARED = {"params", "step", "initial_lr"}
 
 
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def adopt_options(
     :raises ConfigError: they are another optimizer's.
     """
     groups = optimizer.param_groups
-    if [set(o) - _LATER for o in saved] != [set(group) - _LATER for group in groups]:
+    if [set(o) - _NOT_COMPARED for o in saved] != [set(group) - _NOT_COMPARED for group in groups]:
         raise ConfigError(
             f"{folder}: saved with another optimizer than {type(optimizer).__name__}; use that "
             "one, or pass load_optimizer_states=False"

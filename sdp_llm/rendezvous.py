@@ -37,8 +37,8 @@ LAUNCHER, LAUNCHER_PORT = "deepspeed.launcher.launch", "29500"
 def meet(timeout: timedelta) -> dist.Store | None:
     """The store that the ranks of this run share; None for one rank alone.
 
-    Other ranks need not be there yet, except rank 0, which is waited for. Who calls this again
-    meets at the same place. The store must be kept until a process group exists.
+    Other ranks need not be there yet, except rank 0, which is waited for. A second
+    call returns the same store. It must be kept until a process group exists.
 
     :raises ConfigError: the port is taken or belongs to another run, or rank 0 does not come.
     """

@@ -81,7 +81,7 @@ class CheckpointWriting:
 
         def check() -> None:
             try:
-                # A copy: who saves in the background may change it meanwhile.
+                # A copy: the caller may change it while a background save writes.
                 self._state = json.loads(json.dumps(self._state))
             except (TypeError, ValueError) as error:
                 raise ConfigError(

@@ -249,7 +249,7 @@ def _shown(value: object) -> str:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
-        text = f"a {type(value).__name__}"  # what is no JSON may be anything
+        text = f"a {type(value).__name__}"  # no JSON: nothing but its type is safe to show
     return shorten(text)
 
 

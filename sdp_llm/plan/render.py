@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdp_llm.plan.assignment import Plan
+from sdp_llm.ranks import ranges
 
 MAX_ROWS = 16
 MAX_COLUMNS = 64
@@ -26,7 +27,7 @@ def render_ownership(plan: Plan) -> str:
         f"blocks ({OWNED} owned, {NOT_OWNED} not owned, {PINNED} pinned: owned by all)"
     )
     rows = _rows(plan)
-    labels = [f"rank {_ranges(ranks)}" for _, ranks in rows]
+    labels = [f"rank {','.join(ranges(ranks))}" for _, ranks in rows]
     cells = [_cells(plan, owned) for owned, _ in rows]
     margins = [
         f"{len(owned)}/{plan.num_blocks} blocks ({len(owned) / plan.num_blocks:.0%})"
@@ -81,14 +82,3 @@ def _header(start: int, stop: int, width: int) -> list[str]:
         )
         lines.append(f"{'block' if place == 0 else '':<{width}}  {line}")
     return lines
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as text, runs shortened: 0-3,8."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

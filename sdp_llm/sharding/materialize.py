@@ -71,8 +71,7 @@ def materialize(
     Collective over the world. Peak memory: the units, and the fp32 values of one more.
 
     :param seed: of the initial values; unused where they are read from a checkpoint, or where the
-        caller gave a model with values, of which then those of the lowest rank that holds them
-        count.
+        caller gave a model with values: then those of the lowest rank that holds a unit count.
     :param owner_sets: each that the run will use, in the same order on every rank.
     :param timeout: of the owner sets' process groups.
     """

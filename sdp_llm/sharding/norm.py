@@ -18,7 +18,7 @@ def squared_norm(values: Tensor) -> Tensor:
     """The sum of the squares of a 1-D tensor: fp64, 0-D, on its device.
 
     Added up in fp64: in fp32 torch's CPU kernel loses 1e-3 of the norm at 25 million elements, and
-    more the larger the shard, so that clipping would hang on the number of ranks.
+    more the larger the shard, so that clipping would depend on the number of ranks.
     """
     squares = [
         torch.linalg.vector_norm(part, dtype=torch.float64).square()

@@ -19,6 +19,7 @@ import sdp_llm
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
 from sdp_llm.processes import ProcessId, this_process
+from sdp_llm.ranks import say_ranks
 from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.resume import flat
@@ -98,12 +99,6 @@ def first_difference(facts: Sequence[Facts]) -> str | None:
                 "same files, packages and arguments"
             )
     return None
-
-
-def say_ranks(ranks: Sequence[int]) -> str:
-    """``rank 1``, ``ranks 1, 2``; of many the first ones."""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def agree_on_start(

@@ -12,6 +12,7 @@ from sdp_llm.config import RunConfig
 from sdp_llm.data import Place
 from sdp_llm.data.sampler import rank_slice
 from sdp_llm.errors import TrainingStopped
+from sdp_llm.ranks import say_ranks
 from sdp_llm.training.backends import Backend, Step
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.position import Position
@@ -83,7 +84,7 @@ class Health:
         """
         bad = [worker for worker, loss in enumerate(losses) if not math.isfinite(loss)]
         if result.is_skipped:
-            what = "the gradient" if not bad else f"the loss of {_ranks(bad)}"
+            what = "the gradient" if not bad else f"the loss of {say_ranks(bad)}"
             limit = self._run.training.max_skipped_steps
             count = f"{position.skipped_in_a_row} in a row, the run stops at {limit}"
             self._say(f"step {position.step}: skipped, {what} is not finite ({count})")
@@ -125,14 +126,10 @@ class Health:
         more = f" (and of {len(differing) - 1} more units)" if len(differing) > 1 else ""
         raise TrainingStopped(
             f"step {step}: the weights of {name}{more} are not the same on all ranks that hold "
-            f"them: {' against '.join(_ranks(camp) for camp in camps)}; look at the hardware of "
+            f"them: {' against '.join(say_ranks(camp) for camp in camps)}; look at the hardware of "
             f"these ranks, and go on from a checkpoint of step {self._same_at} or before "
             "(--resume PATH), when they were the same"
         )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _entry(place: Place) -> dict[str, Any]:

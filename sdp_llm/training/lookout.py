@@ -8,6 +8,7 @@ from typing import Any
 
 from sdp_llm.activity import START
 from sdp_llm.processes import GONE, RUNNING, STOPPED, ProcessId
+from sdp_llm.ranks import say_ranks
 
 
 @dataclass(frozen=True)
@@ -113,5 +114,5 @@ def table(states: Sequence[RankState]) -> str:
 def _wait(state: RankState) -> str:
     if state.waits_for is None:
         return ""
-    owners = "all ranks" if state.owners is None else f"ranks {', '.join(map(str, state.owners))}"
+    owners = "all ranks" if state.owners is None else say_ranks(state.owners)
     return f", waiting for {state.waits_for} of {owners}"

@@ -81,7 +81,8 @@ class MemoryCheck:
             self._compare(step)
 
     def _compare(self, step: int) -> None:
-        # When the plan has just changed, model state is the new one's, the peak any one's so far.
+        # Where the plan has just changed, model state is the new plan's, and the peak the most of
+        # all plans so far.
         coming = self._prediction.memory(self._rank, step)
         predicted = {name: getattr(coming, name) for name in STATE}
         measured = dict(self._state_bytes())

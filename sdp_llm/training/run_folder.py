@@ -186,7 +186,7 @@ def _environment(world_size: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with ``-dirty`` for changed files; None where git has it not."""
+    """The commit of this source tree, with ``-dirty`` for changed files; None outside git."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:

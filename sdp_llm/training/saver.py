@@ -57,8 +57,8 @@ class Saver:
     A periodic save that fails is told to the person and the run goes on: the checkpoints before it
     are as they were, and the next one is tried when it is due.
 
-    :param budget: steps of the schedule, for who continues with another one.
-    :param global_batch: samples per step, for who continues with another number.
+    :param budget: steps of the schedule; stored, so that a resume under another budget can say so.
+    :param global_batch: samples per step; stored for the same.
     :param size: about the bytes of a checkpoint.
     :param saved_step: the step of the checkpoint in this folder that the run continues from.
     """

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # From the bottom; what stands in one row knows nothing of its neighbours.
 LAYERS = (
-    ("errors", "activity", "processes", "files"),
+    ("errors", "activity", "processes", "files", "ranks"),
     ("config", "launched", "versions", "tokenizer"),
     ("plan", "data", "cli", "rendezvous", "chunked_head"),
     ("loss", "optim", "agree", "world", "distributed", "answers", "unsupported"),

@@ -69,9 +69,9 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
         command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
         return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
 
-    def commit() -> str | None:
-        RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True).begin()
-        environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    def commit(name: str) -> str | None:
+        RunFolder(run_at(tmp_path / name), SCHEDULE, is_writer=True).begin()
+        environment = json.loads((tmp_path / name / "environment.json").read_text())
         return environment["commit"]
 
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # of a hook that runs tests
@@ -82,10 +82,10 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "of another project")
-    assert commit() is None
+    assert commit("other") is None
     git("add", "lib")
     git("commit", "-q", "-m", "with the package")
-    assert commit() == git("rev-parse", "HEAD")
+    assert commit("own") == git("rev-parse", "HEAD")
 
 
 def test_the_log_appends_objects_with_the_time(tmp_path: Path) -> None:
