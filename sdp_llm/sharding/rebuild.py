@@ -44,8 +44,8 @@ def rebuild(
     """Go over to another plan and masking. Collective over the world.
 
     ``sharded`` is of no use afterwards. Memory: gradients, and weights that this rank must not
-    keep, are given up first; then it never holds more than one unit beyond the larger of what it
-    holds before and after (:func:`~sdp_llm.plan.move.order`).
+    keep, are given up first; then it holds at most one unit beyond the larger of what it holds
+    before and after, in all changes that were tried (:func:`~sdp_llm.plan.move.order`).
 
     :param inner: on the groups of :func:`~sdp_llm.sharding.optimizer.parameter_groups`; it and its
         groups stay the same objects.

@@ -271,7 +271,7 @@ def rotate_often(case: Case, times: int) -> dict[str, Any]:
     """
     others, graphs = _units(), []
     tracker = AllocationTracker()
-    found: dict[str, Any] = {"alive": [], "beyond": [], "hooks": []}
+    found: dict[str, Any] = {"alive": [], "beyond": [], "hooks": [], "groups": []}
     with tracker:
         engine = build(case)
         change = engine.change_plan
@@ -285,6 +285,7 @@ def rotate_often(case: Case, times: int) -> dict[str, Any]:
             found["alive"].append(tracker.live.total())
             found["beyond"].append(tracker.total_peak - max(before, tracker.live.total()))
             found["hooks"].append(_hooks(engine))
+            found["groups"].append(len(engine.sharded.groups))
 
         engine.change_plan = watched  # type: ignore[method-assign]
         for step in range(times):
@@ -310,7 +311,7 @@ ROTATING = (("sdp", {"owners_per_block": 2, "rotate_every": 1}),)
 def _check_memory(case: Case, times: int, pools: Pools) -> None:
     for found in pools(4).run(rotate_often, case.with_(extra=ROTATING), times):
         assert len(found["alive"]) == found["changes"] > times / 2
-        assert len({*found["hooks"]}) == 1
+        assert len({*found["hooks"]}) == len({*found["groups"]}) == 1
         assert max(found["beyond"]) <= found["unit"]
         # A scalar here and there: the counts of steps and what Python has not freed yet.
         assert max(found["alive"]) - min(found["alive"]) < found["unit"] / 20

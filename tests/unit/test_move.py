@@ -94,44 +94,50 @@ class Sizes:
     stage: int
     weight_bytes: int
 
-    def state(self, owners: tuple[int, ...], rank: int) -> int:
+    def state(self, numel: int, owners: tuple[int, ...], rank: int) -> int:
         """fp32 master and two moments."""
-        first, last = optimised_bounds(NUMEL, owners, rank, self.stage)
+        first, last = optimised_bounds(numel, owners, rank, self.stage)
         return 12 * (last - first)
 
-    def whole(self, owners: tuple[int, ...], rank: int) -> int:
+    def whole(self, numel: int, owners: tuple[int, ...], rank: int) -> int:
         """Weights, gradient and state; where weights are fp32 the master is a part of them."""
         if rank not in owners:
             return 0
-        state = self.state(owners, rank)
-        gradient = state // 3 if self.stage == 2 else 4 * NUMEL
+        state = self.state(numel, owners, rank)
+        gradient = state // 3 if self.stage == 2 else 4 * numel
         shared = state // 3 if self.weight_bytes == 4 else 0
-        return self.weight_bytes * NUMEL + gradient + state - shared
+        return self.weight_bytes * numel + gradient + state - shared
 
     def most_beyond(self, moves: list[Move], ordered: list[int], rank: int) -> float:
         """The most that a rank holds beyond the larger of before and after, in its units."""
         # Weights and gradients are given up before anything moves.
-        now = most = sum(self.state(move.old, rank) for move in moves)
+        now = most = sum(self.state(move.numel, move.old, rank) for move in moves)
         for i in ordered:
+            numel = moves[i].numel
             old, new = (
-                optimised_bounds(NUMEL, owners, rank, self.stage)
+                optimised_bounds(numel, owners, rank, self.stage)
                 for owners in (moves[i].old, moves[i].new)
             )
             if old != new:
-                most = max(most, now + self.state(moves[i].new, rank))
-                now += self.state(moves[i].new, rank) - self.state(moves[i].old, rank)
-        before = [self.whole(move.old, rank) for move in moves]
-        after = [self.whole(move.new, rank) for move in moves]
+                added = self.state(numel, moves[i].new, rank)
+                most = max(most, now + added)
+                now += added - self.state(numel, moves[i].old, rank)
+        before = [self.whole(move.numel, move.old, rank) for move in moves]
+        after = [self.whole(move.numel, move.new, rank) for move in moves]
         return (most - max(sum(before), sum(after))) / max([1, *before, *after])
 
 
-def check_memory(world_size: int, blocks: int, sizes: Sizes) -> None:
+# Of the parts of a block, one after the other: whole, or split by the bucket sizes.
+PARTS = [(NUMEL,), (NUMEL, NUMEL, NUMEL // 3)]
+
+
+def check_memory(world_size: int, blocks: int, sizes: Sizes, parts: tuple[int, ...]) -> None:
     found = list(plans(world_size, blocks, seed=blocks))
     pairs = [(before.owner_sets, after.owner_sets) for before in found for after in found]
     pairs += [(plan.owner_sets, rotated(plan, seed)) for plan in found for seed in range(3)]
     for before, after in pairs:
-        sets = zip(before, after, strict=True)
-        moves = [Move(NUMEL, old, new) for old, new in sets if old != new]
+        sets = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+        moves = [Move(numel, old, new) for old, new in sets for numel in parts]
         ordered = order(moves, world_size, sizes.stage)
         assert sorted(ordered) == list(range(len(moves)))
         for rank in range(world_size):
@@ -141,17 +147,23 @@ def check_memory(world_size: int, blocks: int, sizes: Sizes) -> None:
 SIZES = [Sizes(stage, weight_bytes) for stage in (0, 1, 2) for weight_bytes in (2, 4)]
 
 
+@pytest.mark.parametrize("parts", PARTS, ids=len)
 @pytest.mark.parametrize("sizes", [Sizes(0, 4), Sizes(2, 2)], ids=str)
 @pytest.mark.parametrize(("world_size", "blocks"), WORLDS[:-1])
-def test_no_rank_holds_a_unit_more_meanwhile(world_size: int, blocks: int, sizes: Sizes) -> None:
-    check_memory(world_size, blocks, sizes)
+def test_no_rank_holds_a_unit_more_meanwhile(
+    world_size: int, blocks: int, sizes: Sizes, parts: tuple[int, ...]
+) -> None:
+    check_memory(world_size, blocks, sizes, parts)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parts", PARTS, ids=len)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("world_size", "blocks"), [*WORLDS, (16, 66)])
-def test_no_rank_of_many_holds_more(world_size: int, blocks: int, sizes: Sizes) -> None:
-    check_memory(world_size, blocks, sizes)
+def test_no_rank_of_many_holds_more(
+    world_size: int, blocks: int, sizes: Sizes, parts: tuple[int, ...]
+) -> None:
+    check_memory(world_size, blocks, sizes, parts)
 
 
 def test_the_order_matters() -> None:
