@@ -127,10 +127,17 @@ class Simulation:
             contiguous slice.
         :param micro_batch: how many samples go through the model at once (default: the slice).
         :returns: each worker's mean loss in nats per token.
+        :raises ValueError: when the samples cannot be shared equally.
         """
+        n = self.plan.world_size
+        if len(batch) % n:  # chunk would make other slices, or fewer than workers
+            raise ValueError(
+                f"batch = {len(batch)} samples for {n} workers: each takes as many; give a "
+                f"multiple of {n}"
+            )
         total = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         losses = []
-        for rank, samples in enumerate(batch.chunk(self.plan.world_size)):
+        for rank, samples in enumerate(batch.chunk(n)):
             targets = target_count(samples)
             losses.append(0.0)
             with self.worker(rank):

@@ -83,6 +83,13 @@ def test_a_model_leaves_the_config_that_it_is_made_from() -> None:
     assert config.to_dict() == MODEL.to_dict()
 
 
+@pytest.mark.parametrize("samples", [3, 6, 9])
+def test_workers_share_a_batch_equally(samples: int) -> None:
+    tokens = torch.zeros(samples, SEQUENCE + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"^batch = {samples} samples for {WORLD_SIZE} workers: "):
+        simulation(HALF).accumulate(tokens)
+
+
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 def test_a_schedule_of_one_phase_equals_none(masking: str) -> None:
     alone = trained(masking=masking, coverage="1/2")
