@@ -21,7 +21,7 @@ from sdp_llm.loss import NextTokenLoss, summed_loss, target_count
 from sdp_llm.plan import Plan
 from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind, initialize_unit
-from sdp_llm.subnetwork.masking import freeze_blocks, skip_blocks
+from sdp_llm.subnetwork.masking import mask_blocks, restore_blocks
 from sdp_llm.subnetwork.pretrained import open_pretrained
 from sdp_llm.subnetwork.residual import ResidualScale
 
@@ -109,16 +109,12 @@ class Simulation:
         """Within, ``self.model`` is the subnetwork of ``rank``."""
         blocks = self.model.get_submodule(self._path)
         assert isinstance(blocks, nn.ModuleList)
-        owned = self.plan.owned_blocks(rank)
-        if self.masking == "backward":
-            freeze_blocks(blocks, owned)
+        removed = mask_blocks(blocks, self.plan.owned_blocks(rank), self.masking)
+        try:
             yield
+        finally:
+            restore_blocks(blocks, removed)
             blocks.requires_grad_(True)
-        else:
-            removed = skip_blocks(blocks, owned)
-            yield
-            for b, block in removed.items():
-                blocks[b] = block
 
     def accumulate(self, batch: Tensor, micro_batch: int | None = None) -> list[float]:
         """Forward and backward of every worker; the averaged gradients are in the masters.

@@ -91,6 +91,18 @@ def test_workers_share_a_batch_equally(samples: int) -> None:
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_an_error_leaves_the_whole_model(masking: str) -> None:
+    simulated = simulation(HALF, masking)
+    before = dict(simulated.model.named_parameters())
+    with pytest.raises(ArithmeticError), simulated.worker(0):
+        raise ArithmeticError
+    after = dict(simulated.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in after.items())
+    assert all(parameter.requires_grad for parameter in after.values())
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
 def test_a_schedule_of_one_phase_equals_none(masking: str) -> None:
     alone = trained(masking=masking, coverage="1/2")
     # The section's own values do not count where the phase has others.
