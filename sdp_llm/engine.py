@@ -32,13 +32,18 @@ from sdp_llm.checkpoint.load import (
     restore_random,
 )
 from sdp_llm.checkpoint.save import CheckpointWriting, own_ranges
-from sdp_llm.checkpoint.training_state import COUNTERS, adopt_scheduler, training_state
+from sdp_llm.checkpoint.training_state import (
+    COUNTERS,
+    adopt_scheduler,
+    check_scheduler,
+    training_state,
+)
 from sdp_llm.config import RunConfig, deepspeed_dict
 from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
 from sdp_llm.loss import NextTokenLoss, summed_loss
-from sdp_llm.optim import adopt_options, wrong_parameters_explained
+from sdp_llm.optim import adopt_options, check_options, wrong_parameters_explained
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
 from sdp_llm.sharding.materialize import ShardedModel
@@ -314,7 +319,8 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         The engine goes over to its schedule's plan of the step that the checkpoint is of.
 
         :returns: the checkpoint's folder and the ``client_state``.
-        :raises ConfigError: when there is none, a file is damaged, or the model differs.
+        :raises ConfigError: when there is none, a file is damaged, or it is another model's,
+            optimizer's or scheduler's, which is found before anything is overwritten.
         """
         if custom_load_fn is not None or not load_module_strict:
             unsupported("load_checkpoint(custom_load_fn=…, load_module_strict=False)", "leave out")
@@ -322,29 +328,36 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         if tag is None:  # one rank looks: on a shared disk another may see an older one
             tag = agree(lambda: latest_tag(Path(load_dir)) if dist.get_rank() == 0 else None)[0]
         folder = Path(load_dir) / str(tag)
-        with_optimizer = load_optimizer_states and not load_module_only
+        optimizer = self.basic_optimizer if load_optimizer_states else None
+        scheduler = self.lr_scheduler if load_lr_scheduler_states else None
+        if load_module_only:
+            optimizer = scheduler = None
         with open_checkpoint(self.sharded.subnetwork, folder) as reader:
             state = reader.state
+
+            def check() -> None:
+                if optimizer is not None:
+                    check_options(optimizer, state["param_groups"], folder)
+                if scheduler is not None:
+                    check_scheduler(scheduler, state, folder)
+
+            agree(check)  # all of it before anything is overwritten
             self.optimizer.zero_grad()
             due = self.schedule.at(state["counters"]["global_steps"])
             if not load_module_only and due != (self.plan, self.sharded.subnetwork.masking):
                 self.change_plan(*due)
                 self.wait_for_weights()  # what is read goes into what is being gathered
-            optimizer = self.basic_optimizer if with_optimizer else None
             agree(lambda: load_tensors(self.sharded, optimizer, reader))
             if not load_module_only:
                 agree(lambda: restore_random(self.sharded, reader))
+                for name in COUNTERS:
+                    setattr(self, name, state["counters"][name])
         self.optimizer.distribute_weights()
         self.wait_for_weights()  # the caller may have collectives of its own
-        if not load_module_only:
-            for name in COUNTERS:
-                setattr(self, name, state["counters"][name])
         # Its gradients are gone; and another number of ranks may cut a batch into other pieces.
         self._restart_accumulation()
-        if load_module_only:
-            return str(folder), state["client_state"]
-        if with_optimizer:
-            adopt_options(self.basic_optimizer, state["param_groups"], folder)
-        if load_lr_scheduler_states and self.lr_scheduler is not None:
-            adopt_scheduler(self.lr_scheduler, state, folder)
+        if optimizer is not None:
+            adopt_options(optimizer, state["param_groups"])
+        if scheduler is not None:
+            adopt_scheduler(scheduler, state)
         return str(folder), state["client_state"]

@@ -69,10 +69,10 @@ def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def adopt_options(
+def check_options(
     optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], folder: Path
 ) -> None:
-    """Go on with saved :func:`group_options`.
+    """Check that the optimizer can go on with saved :func:`group_options`.
 
     :param folder: of the checkpoint, for the message.
     :raises ConfigError: they are another optimizer's.
@@ -83,5 +83,9 @@ def adopt_options(
             f"{folder}: saved with another optimizer than {type(optimizer).__name__}; use that "
             "one, or pass load_optimizer_states=False"
         )
-    for group, options in zip(groups, saved, strict=True):
+
+
+def adopt_options(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Go on with saved :func:`group_options`, which :func:`check_options` has let pass."""
+    for group, options in zip(optimizer.param_groups, saved, strict=True):
         group.update(options)

@@ -39,24 +39,29 @@ def training_state(
     }
 
 
-def adopt_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Go on with the saved learning-rate scheduler.
+def check_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Check that the learning-rate scheduler can go on as the saved one.
 
     :param folder: of the checkpoint, for the message.
     :raises ConfigError: it has none, or one of another kind.
     """
-    saved, here = state["scheduler"], scheduler.state_dict()
+    saved = state["scheduler"]
     if saved is None:
         raise ConfigError(
             f"{folder}: saved without a learning-rate scheduler; pass "
             "load_lr_scheduler_states=False, or remove scheduler from the config"
         )
-    if saved.keys() != here.keys():
+    if saved.keys() != scheduler.state_dict().keys():
         raise ConfigError(
             f"{folder}: saved with another learning-rate scheduler than "
             f"{type(scheduler).__name__}; keep scheduler.type, or pass "
             "load_lr_scheduler_states=False"
         )
+
+
+def adopt_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Go on as the saved scheduler, which :func:`check_scheduler` has let pass."""
+    saved, here = state["scheduler"], scheduler.state_dict()
     scheduler.load_state_dict({name: _as_in(here[name], value) for name, value in saved.items()})
 
 

@@ -19,6 +19,7 @@ from sdp_llm.engine import SDPEngine
 from sdp_llm.errors import ConfigError
 from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss
+from sdp_llm.optim import group_options
 from sdp_llm.training.checkpoints import largest_share
 from tests.distributed.compare import assembled, whole
 from tests.distributed.pool import Pool
@@ -261,6 +262,41 @@ def test_what_does_not_fit_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
     ]
     for case, options in fine:
         assert pools(2).run(load_errors, case, [str(tmp_path)], options) == [[""], [""]]
+
+
+def around_a_refused_load(case: Case, folder: str) -> tuple[str, Any, Any]:
+    """Run on a rank: what loading says, and what the engine holds before and after."""
+    engine = build(case)
+    steps(engine, 5, 1)
+
+    def held() -> Any:
+        options, random = group_options(engine.basic_optimizer), torch.get_rng_state().numpy()
+        return state(engine), weights(engine), counters(engine), options, random
+
+    before = held()
+    try:
+        engine.load_checkpoint(folder)
+    except ConfigError as error:
+        return str(error), before, held()
+    return "", before, held()
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(2, optimizer="RMSprop"), "saved with another optimizer than RMSprop"),
+        (Case(2, extra=BASE.extra), "saved without a learning-rate scheduler"),
+    ],
+    ids=["optimizer", "scheduler"],
+)
+def test_what_does_not_fit_leaves_the_engine_as_it_was(
+    case: Case, expected: str, pools: Pools, tmp_path: Path
+) -> None:
+    """Masters, moments, weights, counters, options and random numbers, bit for bit."""
+    pools(2).run(save, Case(2), str(tmp_path), 2)
+    for message, before, after in pools(2).run(around_a_refused_load, case, str(tmp_path)):
+        assert expected in message
+        np.testing.assert_equal(after, before)
 
 
 def save_error(folder: str, broken_rank: int | None) -> str:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from deepspeed.runtime import lr_schedules
 
-from sdp_llm.checkpoint.training_state import adopt_scheduler
+from sdp_llm.checkpoint.training_state import adopt_scheduler, check_scheduler
 from sdp_llm.config import parse_config
 from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
 from sdp_llm.errors import ConfigError
-from sdp_llm.optim import adopt_options, build_scheduler, group_options
+from sdp_llm.optim import adopt_options, build_scheduler, check_options, group_options
 
 FOLDER = Path("step-7")
 PARAMS: dict[str, dict[str, Any]] = {
@@ -54,8 +54,10 @@ def test_rates_go_on_as_if_never_stopped(name: str) -> None:
     state = {"scheduler": scheduler.state_dict(), "groups": group_options(optimizer)}
     kept = json.loads(json.dumps(state))
     optimizer, scheduler = scheduled(name)
-    adopt_options(optimizer, kept["groups"], FOLDER)
-    adopt_scheduler(scheduler, kept, FOLDER)
+    check_options(optimizer, kept["groups"], FOLDER)
+    adopt_options(optimizer, kept["groups"])
+    check_scheduler(scheduler, kept, FOLDER)
+    adopt_scheduler(scheduler, kept)
     assert first + rates(optimizer, scheduler, 13) == straight
 
 
@@ -69,17 +71,18 @@ def test_rates_go_on_as_if_never_stopped(name: str) -> None:
 def test_another_kind_of_scheduler_is_an_error(saved: str, now: str) -> None:
     state = {"scheduler": scheduled(saved)[1].state_dict()}
     with pytest.raises(ConfigError, match=f"another learning-rate scheduler than {now}; keep"):
-        adopt_scheduler(scheduled(now)[1], state, FOLDER)
+        check_scheduler(scheduled(now)[1], state, FOLDER)
 
 
 def test_what_an_optimizer_adds_when_it_begins_is_no_difference() -> None:
     """A scheduler notes the first rate; fused kernels may count their steps in the group."""
     optimizer, _ = scheduled("WarmupLR")
     saved = [{**options, "step": 7, "initial_lr": 0.5} for options in group_options(optimizer)]
-    adopt_options(optimizer, saved, FOLDER)
+    check_options(optimizer, saved, FOLDER)
+    adopt_options(optimizer, saved)
     assert optimizer.param_groups[0]["step"] == 7
     with pytest.raises(ConfigError, match="saved with another optimizer than SGD"):
-        adopt_options(optimizer, [{**saved[0], "betas": [0.9, 0.95]}], FOLDER)
+        check_options(optimizer, [{**saved[0], "betas": [0.9, 0.95]}], FOLDER)
 
 
 @pytest.mark.parametrize(
