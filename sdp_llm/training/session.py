@@ -62,7 +62,8 @@ def train(
     steps = steps_from(run, inputs.batch, position, inputs.schedule.total_steps)
     for line in _start_lines(start, inputs.schedule, steps):
         say(line)
-    before = read_status(folder.path)
+    # One rank looks: on a shared disk another may see an older one, and would go on alone.
+    before = agree(lambda: read_status(folder.path) if backend.rank == 0 else {})[0]
     if was_killed(before):
         say(f"the run before was {describe_status(before)}")
     was_finished = before.get("state") == FINISHED

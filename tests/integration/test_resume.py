@@ -23,6 +23,7 @@ from sdp_llm.config import load_config
 from sdp_llm.data.sampler import samples_at
 from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.evaluation import Evaluation
+from sdp_llm.training import session
 from sdp_llm.training.backends import EngineBackend, Step
 from sdp_llm.training.inputs import load_inputs
 from sdp_llm.training.run_folder import RunFolder
@@ -335,6 +336,28 @@ def test_resume_none_and_paths(tiny: Tiny, pools: Pools, tmp_path: Path) -> None
         where = f"training.run_dir={tmp_path / name}"
         for error in errors(pools(2), tiny, where, resume=str(tmp_path / "nowhere")):
             assert f"--resume {tmp_path / 'nowhere'}: no checkpoint there" in error
+
+
+def job_with_an_older_view(config: str, overrides: list[str]) -> Outcome:
+    """Run on a rank: a job whose last rank sees no status yet."""
+    read = session.read_status
+    if dist.get_rank() == dist.get_world_size() - 1:
+        session.read_status = lambda _: {}
+    try:
+        return job(config, overrides)
+    finally:
+        session.read_status = read
+
+
+def test_all_ranks_agree_that_a_run_has_finished(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    where = f"training.run_dir={tmp_path / 'run'}"
+    run_on(pools(2), tiny, where)
+    outcomes = pools(2).run(job_with_an_older_view, str(tiny.config), [where])
+    assert "finished already: raise the budget" in outcomes[0].said
+    for outcome in outcomes:
+        assert outcome.error == ""
+        assert outcome.batches == []
+    assert status(tmp_path / "run")["state"] == "finished"
 
 
 def test_another_model_is_an_error(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
