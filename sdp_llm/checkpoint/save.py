@@ -42,6 +42,20 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _check_tag(folder: Path, tag: str) -> None:
+    shown = f"tag = {json.dumps(tag)}"
+    if tag in ("", LATEST) or tag.startswith(".") or Path(tag).name != tag:
+        raise ConfigError(
+            f'{shown}: expected the name of a folder, other than "{LATEST}"; take for instance '
+            '"best"'
+        )
+    if (folder / tag).exists() and not (folder / tag / MANIFEST).exists():
+        raise ConfigError(
+            f"{shown}: {folder / tag} is there and no checkpoint, it would be lost; take another "
+            "tag, or move it"
+        )
+
+
 class CheckpointWriting:
     """A checkpoint on its way to ``folder/tag``, which appears complete or not at all.
 
@@ -74,12 +88,14 @@ class CheckpointWriting:
         self._shared = SharedFolder(folder / tag)
 
     def begin(self) -> None:
-        """Check the state and make place. Collective over the world.
+        """Check the tag and the state, and make place. Collective over the world.
 
-        :raises ConfigError: on every rank, when ``state`` is not JSON or one cannot write.
+        :raises ConfigError: on every rank, when the tag is no name for a checkpoint, ``state`` is
+            not JSON or one cannot write.
         """
 
         def check() -> None:
+            _check_tag(self._folder, self._tag)
             try:
                 # A copy: the caller may change it while a background save writes.
                 self._state = json.loads(json.dumps(self._state))

@@ -20,6 +20,8 @@ from sdp_llm.files import sha256_of, sync
 # <fcntl.h> and <linux/fs.h>
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Of a checkpoint's folder, which holds nothing else.
+RANK_FILES = "rank-*.safetensors"
 # How the hidden name ends that a folder has while another takes its name.
 REPLACED = ".replaced"
 
@@ -138,6 +140,8 @@ def _check_elsewhere(folder: Path) -> None:
             f"{folder}: the working directory, which cannot be replaced in one step; name a folder "
             "inside it"
         )
+    if any(folder.glob(RANK_FILES)):
+        raise ConfigError(f"{folder}: holds a checkpoint, which must stay; name another folder")
 
 
 def _link_entries(source: Path, target: Path, is_left_out: Callable[[str], bool]) -> None:

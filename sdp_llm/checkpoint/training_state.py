@@ -67,4 +67,10 @@ def adopt_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
 
 def _as_in(here: Any, saved: Any) -> Any:
     """A value that JSON has kept: its objects have no numbers as keys, as milestones do."""
-    return Counter({int(key): n for key, n in saved.items()}) if type(here) is Counter else saved
+    if isinstance(here, Counter):
+        return Counter({int(key): n for key, n in saved.items()})
+    if isinstance(here, dict):
+        return {name: _as_in(here.get(name), value) for name, value in saved.items()}
+    if isinstance(here, list) and len(here) == len(saved):  # the parts of a scheduler
+        return [_as_in(*pair) for pair in zip(here, saved, strict=True)]
+    return saved

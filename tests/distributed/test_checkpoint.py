@@ -328,6 +328,36 @@ def test_unwritable_folder_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
         assert message.startswith("rank 0: cannot read or write: ")
 
 
+def save_badly(folder: str) -> list[str]:
+    """Run on a rank: the errors of saving where something would be lost, or nothing be found."""
+    engine, messages = build(Case(2)), []
+    engine.save_checkpoint(folder, tag="best")
+    engine.save_pretrained(f"{folder}/model")
+    for tag in ("", ".", "..", ".hidden", "latest", "epoch/1", "model"):
+        try:
+            engine.save_checkpoint(folder, tag=tag)
+        except ConfigError as error:
+            messages.append(str(error))
+    try:
+        engine.save_pretrained(f"{folder}/best")
+    except ConfigError as error:
+        messages.append(str(error))
+    engine.load_checkpoint(folder)
+    return messages
+
+
+def test_neither_checkpoint_nor_model_replaces_the_other(pools: Pools, tmp_path: Path) -> None:
+    for *tags, model, checkpoint in pools(2).run(save_badly, str(tmp_path)):
+        assert len(tags) == 6
+        for message in tags:
+            assert "expected the name of a folder, other than" in message
+        assert model.startswith('rank 0: tag = "model": ')
+        assert "no checkpoint, it would be lost" in model
+        assert "holds a checkpoint, which must stay" in checkpoint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "model"]
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
 def save_three(folder: str) -> list[str]:
     """Run on a rank: save after each of two steps, then over the second without ``latest``."""
     engine = build(Case(2))

@@ -31,8 +31,13 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+SEQUENTIAL = "SequentialLR"
+
+
 def scheduled(name: str) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0, momentum=0.9)
+    if name == SEQUENTIAL:
+        return optimizer, in_parts(optimizer)
     classes = torch.optim.lr_scheduler if name in TORCH_SCHEDULERS else lr_schedules
     return optimizer, getattr(classes, name)(optimizer, **PARAMS.get(name, {}))
 
@@ -46,7 +51,14 @@ def rates(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> list[
     return found
 
 
-@pytest.mark.parametrize("name", sorted({*TORCH_SCHEDULERS, *PARAMS}))
+def in_parts(optimizer: torch.optim.Optimizer) -> Any:
+    """A scheduler of one's own, whose state is a list of others' states."""
+    parts = torch.optim.lr_scheduler
+    warmup, then = parts.LinearLR(optimizer, 0.1, 1.0, 4), parts.MultiStepLR(optimizer, [5, 9, 9])
+    return parts.SequentialLR(optimizer, [warmup, then], [4])
+
+
+@pytest.mark.parametrize("name", sorted({*TORCH_SCHEDULERS, *PARAMS, SEQUENTIAL}))
 def test_rates_go_on_as_if_never_stopped(name: str) -> None:
     straight = rates(*scheduled(name), 20)
     optimizer, scheduler = scheduled(name)
