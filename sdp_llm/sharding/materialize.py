@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sdp_llm.activity import ACTIVITY
+from sdp_llm.agree import agree
 from sdp_llm.sharding.arrival import wait_before_use
 from sdp_llm.sharding.collectives import Communicator
 from sdp_llm.sharding.groups import OwnerGroups, create_owner_groups
@@ -74,30 +75,38 @@ def materialize(
         caller gave a model with values: then those of the lowest rank that holds a unit count.
     :param owner_sets: each that the run will use, in the same order on every rank.
     :param timeout: of the owner sets' process groups.
+    :raises ConfigError: on every rank, when one finds no value for a parameter.
     """
     groups: OwnerGroups = {}
     create_owner_groups(groups, owner_sets, timeout)
     is_given = subnetwork.given is not None
     units: list[Unit] = []
-    for pieces, values in initial_values(subnetwork, seed):
-        owners = subnetwork.owners(pieces[0])
-        if is_given:
-            _adopt_lowest_rank(subnetwork, groups, owners, values, device)
-        for layout in pieces:
-            unit = Unit(
-                layout,
-                values,
-                owners=owners,
-                group=groups[owners],
-                rank=subnetwork.rank,
-                stage=stage,
-                dtype=dtype,
-                device=device,
-            )
-            bind(subnetwork.model, unit.views(), subnetwork.layout.aliases)
-            units.append(unit)
-        ACTIVITY.beat()
-        del values  # before the next unit's are drawn
+
+    def make_units() -> None:
+        for pieces, values in initial_values(subnetwork, seed):
+            owners = subnetwork.owners(pieces[0])
+            if is_given:
+                _adopt_lowest_rank(subnetwork, groups, owners, values, device)
+            for layout in pieces:
+                unit = Unit(
+                    layout,
+                    values,
+                    owners=owners,
+                    group=groups[owners],
+                    rank=subnetwork.rank,
+                    stage=stage,
+                    dtype=dtype,
+                    device=device,
+                )
+                bind(subnetwork.model, unit.views(), subnetwork.layout.aliases)
+                units.append(unit)
+            ACTIVITY.beat()
+            del values  # before the next unit's are drawn
+
+    if is_given:
+        make_units()  # a rank that failed alone would leave others in its broadcasts
+    else:
+        agree(make_units)
     if subnetwork.given is not None:
         subnetwork.given.clear()
     subnetwork.model.to(device)  # the buffers; every parameter is there already

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sdp_llm.errors import ConfigError
 from sdp_llm.subnetwork.adapter import ParameterSpec
 
 
@@ -64,8 +66,9 @@ def initialize_unit(
 
     :param specs: all parameters of the unit; they are bound to the values.
     :returns: fp32 CPU tensors by global name.
+    :raises ConfigError: the model gives a parameter its value where it is made, and not there.
     """
-    values = {spec.name: torch.empty(spec.shape) for spec in specs}
+    values = {spec.name: torch.full(spec.shape, math.nan) for spec in specs}
     bind(model, values, aliases)
     names = set(values) | {alias for alias, name in aliases.items() if name in values}
     with torch.random.fork_rng(devices=[]):
@@ -73,4 +76,11 @@ def initialize_unit(
             # Not torch.manual_seed, which would seed the GPUs, too: theirs are the user's.
             torch.default_generator.manual_seed(module_seed(seed, module_name))
             model._init_weights(model.get_submodule(module_name))
+    for name, value in values.items():
+        if value.isnan().any():
+            raise ConfigError(
+                f"model: {type(model).__name__} leaves {name} without an initial value in "
+                "_init_weights; start from a checkpoint (model.init_from), or give initialize() a "
+                "model instead of a config"
+            )
     return values

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import lr_schedules
 from deepspeed.utils import groups
-from transformers import LlamaForCausalLM
+from transformers import ApertusConfig, LlamaForCausalLM
 
 from sdp_llm import distributed
 from sdp_llm.errors import ConfigError
@@ -167,6 +167,25 @@ def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def valueless() -> str:
+    """Run on a rank: the error of a family whose activation has values that only its code sets."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config = ApertusConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
+    sdp = {"owner_sets": [[0, 1], [1], [1], [0, 1]]}
+    try:
+        initialize(config, run_config(Case(2)) | {"sdp": sdp})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_parameter_without_an_initial_value_is_an_error_on_every_rank(pools: Pools) -> None:
+    for message in pools(2).run(valueless):
+        assert "model: ApertusForCausalLM leaves model.layers.0.mlp.act_fn.alpha_" in message
+        assert "without an initial value in _init_weights; start from a checkpoint" in message
+        assert "\n" not in message
 
 
 def test_wrong_calls_get_one_line(pools: Pools) -> None:
