@@ -75,6 +75,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     ) -> None:
         self.run = run
         self._snapshot = Snapshot()
+        self._saving: BackgroundSave | None = None
         self._timeout = timedelta(minutes=run.training.timeout_minutes)
         init_distributed(self._timeout)
         generated = deepspeed_dict(run, dist.get_world_size(), total_num_steps)
@@ -178,7 +179,11 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         is_last = self.is_gradient_accumulation_boundary()
         must_reduce = self.sharded.stage == 2 or is_last
         self._reducer.begin(reduce=must_reduce and not self.inside_no_sync_ctxt)
-        scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        try:
+            scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        except BaseException:
+            self._reducer.stop()
+            raise
         if self.inside_no_sync_ctxt:
             self._reducer.finish()
         return scaled
@@ -188,7 +193,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         self._reducer.finish()
 
     def probe_gradients(self, probe: GradientProbe | None) -> None:
-        """Show what is reduced from now on to ``probe``; None: to nothing."""
+        """Show what is reduced up to the next change of plan to ``probe``; None: to nothing."""
         self._reducer.probe = probe
 
     def step(self, lr_kwargs: Any = None) -> None:
@@ -199,7 +204,11 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
             self.change_plan(*self.schedule.at(self.global_steps))
 
     def zero_grad(self) -> None:
-        """Zero the accumulated gradients, which are the units', not the parameters'."""
+        """Zero the accumulated gradients, which are the units', not the parameters'.
+
+        Also those of a backward pass that failed, on all ranks alike.
+        """
+        self._reducer.abandon()
         self.optimizer.zero_grad()
 
     def wait_for_weights(self) -> None:
@@ -221,8 +230,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         return self.sharded.dtype, torch.float32
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """DeepSpeed's; the next micro-batch is the first of a step also under the new number."""
+        """DeepSpeed's; the next micro-batch is the first of a step, and gradients are zero."""
         super().set_train_batch_size(train_batch_size)
+        self.zero_grad()
         self._restart_accumulation()
 
     def _restart_accumulation(self) -> None:
@@ -263,6 +273,8 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
 
         :param client_state: handed back by :meth:`load_checkpoint`; JSON only.
         :param exclude_frozen_parameters: without effect: a frozen block is saved by its owners.
+        :raises ConfigError: on every rank, when one cannot write, a tag or ``client_state`` is
+            wrong, or a save in the background is not finished.
         """
         writing = self._checkpoint(Path(save_dir), tag, client_state, save_latest)
         writing.begin()
@@ -284,7 +296,8 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         writing = self._checkpoint(Path(save_dir), tag, client_state, True)
         writing.begin()
         tensors = own_ranges(self.sharded, self.basic_optimizer)
-        return BackgroundSave(writing, self._snapshot.take(tensors))
+        self._saving = BackgroundSave(writing, self._snapshot.take(tensors))
+        return self._saving
 
     def _checkpoint(
         self,
@@ -293,6 +306,11 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         client_state: Mapping[str, Any] | None,
         save_latest: bool,
     ) -> CheckpointWriting:
+        if self._saving is not None and not self._saving.is_finished:
+            raise ConfigError(
+                "save_checkpoint: the one in the background is not finished; call its finish() on "
+                "all ranks before"
+            )
         self.wait_for_weights()
         subnetwork = self.sharded.subnetwork
         return CheckpointWriting(

@@ -47,6 +47,8 @@ def _in_host_memory(tensor: Tensor) -> Tensor:
 class BackgroundSave:
     """Writes a snapshot in a thread of its own, which takes part in no collective.
 
+    ``is_finished`` says whether :meth:`finish` was called.
+
     :param writing: begun.
     """
 
@@ -54,6 +56,7 @@ class BackgroundSave:
         self._writing = writing
         self._files: list[WrittenFile] = []
         self._failure: Exception | None = None
+        self.is_finished = False
         self._thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
         self._thread.start()
 
@@ -67,6 +70,7 @@ class BackgroundSave:
         :raises ConfigError: on every rank, when one could not write.
         """
         self._thread.join()
+        self.is_finished = True
         self._writing.finish(self._outcome)
 
     def _write(self, tensors: list[tuple[str, Tensor]]) -> None:

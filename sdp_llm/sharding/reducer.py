@@ -93,6 +93,16 @@ class GradientReducer:
             self._buffers.clear()
         self._is_active = False
 
+    def stop(self) -> None:
+        """Note that a backward pass failed. It waits for nobody: other ranks may not be there."""
+        self._is_active = False
+
+    def abandon(self) -> None:
+        """Forget what a backward pass left that failed; all ranks must have come equally far."""
+        self._drain()
+        self._collected.clear()
+        self._buffers.clear()
+
     def _on_gradient(self, u: int, i: int, parameter: Tensor) -> None:
         unit = self._units[u]
         name = unit.layout.parameters[i].name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,9 @@ from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import mask_blocks
 from sdp_llm.subnetwork.pretrained import PretrainedWeights
 from sdp_llm.subnetwork.residual import ResidualScale
+
+# Models that were given to an engine, which has changed them.
+_TAKEN: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,17 @@ def build_subnetwork(
     """
     given = None
     if isinstance(source, PreTrainedModel):
+        if source in _TAKEN:
+            raise ConfigError(
+                "model: another engine has taken its values and blocks; make the model anew, or "
+                "give a config"
+            )
         model = source.train()  # transformers loads models for evaluation
         _check_trainable(model)
         layout = model_layout(model, max_unit_numel)
         given = {spec.name: model.get_parameter(spec.name).data for spec in layout.parameters}
         bind(model, {name: value.to("meta") for name, value in given.items()}, layout.aliases)
+        _TAKEN.add(source)
     else:
         model = empty_model(source, attn_implementation)
         layout = model_layout(model, max_unit_numel)

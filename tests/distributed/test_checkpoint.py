@@ -394,6 +394,26 @@ def saved_client_state(folder: str) -> dict[str, Any]:
     return engine.load_checkpoint(folder)[1]
 
 
+def save_twice_at_once(folder: str) -> tuple[str, str]:
+    """Run on a rank: begin a second save while the first is not finished, and after."""
+    engine = build(Case(2))
+    first = engine.save_checkpoint_in_background(folder, tag="x")
+    message = ""
+    try:
+        engine.save_checkpoint(folder, tag="x")
+    except ConfigError as error:
+        message = str(error)
+    first.finish()
+    engine.save_checkpoint_in_background(folder, tag="x").finish()
+    return message, engine.load_checkpoint(folder)[0]
+
+
+def test_a_save_waits_for_the_one_in_the_background(pools: Pools, tmp_path: Path) -> None:
+    for message, loaded in pools(2).run(save_twice_at_once, str(tmp_path)):
+        assert message.startswith("save_checkpoint: the one in the background is not finished;")
+        assert loaded == str(tmp_path / "x")
+
+
 def test_a_save_in_the_background_has_the_state_of_its_beginning(
     pools: Pools, tmp_path: Path
 ) -> None:

@@ -169,6 +169,76 @@ def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     return ""
 
 
+def after_a_failed_pass(case: Case) -> list[dict[str, np.ndarray]]:
+    """Run on a rank: two steps, with and without a backward pass before that fails midway."""
+    found = []
+    for fails in (False, True):
+        engine = build(case)
+        if fails:
+            embedding = engine.module.get_parameter("model.embed_tokens.weight")
+
+            def fail(gradient: torch.Tensor) -> None:
+                raise ArithmeticError("as if memory had run out")
+
+            hook = embedding.register_hook(fail)
+            with pytest.raises(ArithmeticError):
+                forward_backward(engine, 5)
+            hook.remove()
+            with pytest.raises(RuntimeError, match=r"a backward pass outside engine\.backward"):
+                engine.module(my_slice(5)).logits.sum().backward()
+            engine.zero_grad()
+        for step in range(2):
+            forward_backward(engine, step)
+            engine.step()
+        found.append(weights(engine))
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_failed_backward_pass_leaves_nothing_behind(stage: int, pools: Pools) -> None:
+    for straight, after in pools(2).run(after_a_failed_pass, Case(2, stage=stage)):
+        for name, value in straight.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def another_batch_size() -> tuple[list[float], list[float]]:
+    """Run on a rank: the norm of a step after the batch size changed, midway and at the start."""
+    norms = []
+    for micro_batches in (1, 0):
+        engine = build(Case(2, accumulation=3))
+        parts = my_slice(0).chunk(6)
+        for part in parts[:micro_batches]:
+            engine.backward(hf_loss(engine, part))
+            engine.step()
+        engine.set_train_batch_size(2 * 2 * engine.train_micro_batch_size_per_gpu())
+        for part in parts[1:3]:
+            engine.backward(hf_loss(engine, part))
+            engine.step()
+        assert engine.global_steps == 1
+        norms.append([engine.get_global_grad_norm()])
+    return norms[0], norms[1]
+
+
+def test_a_new_batch_size_begins_the_step_anew(pools: Pools) -> None:
+    for midway, fresh in pools(2).run(another_batch_size):
+        assert midway == fresh
+
+
+def given_twice() -> str:
+    model = LlamaForCausalLM(llama())
+    initialize(model, run_config(Case(2)))
+    try:
+        initialize(model, run_config(Case(2)))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_is_given_once(pools: Pools) -> None:
+    for message in pools(2).run(given_twice):
+        assert message.startswith("model: another engine has taken its values and blocks; make")
+
+
 def valueless() -> str:
     """Run on a rank: the error of a family whose activation has values that only its code sets."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
