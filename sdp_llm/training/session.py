@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.agree import agree
 from sdp_llm.config import RunConfig
+from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, Schedule
 from sdp_llm.subnetwork.adapter import ModelLayout
 from sdp_llm.training.backends import EngineBackend
@@ -99,11 +102,8 @@ def train(
     share = _largest_share(inputs.schedule, subnetwork.layout)
     say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
     try:
-        trainer = Trainer(run, inputs, backend, folder, steps, saver, position)
-        if isinstance(prediction, Prediction):
-            trainer.memory_check = MemoryCheck(
-                prediction, backend.rank, lambda: model_state_bytes(backend.engine), say, folder.log
-            )
+        memory_check = _memory_check(prediction, backend, folder, say)
+        trainer = Trainer(run, inputs, backend, folder, steps, saver, position, memory_check)
         with out_of_memory_explained(run, inputs, backend.rank):  # the status has its line, too
             is_finished = trainer.fit()
     except BaseException as error:
@@ -113,6 +113,19 @@ def train(
     if is_finished:
         status.write(state=FINISHED, step=trainer.step)
         say(closing_lines(trainer))
+
+
+def _memory_check(
+    prediction: Prediction | ConfigError,
+    backend: EngineBackend,
+    folder: RunFolder,
+    say: Callable[[str], None],
+) -> MemoryCheck | None:
+    """What compares the prediction with the first steps; None where there is none."""
+    if isinstance(prediction, ConfigError):
+        return None
+    engine = backend.engine
+    return MemoryCheck(prediction, backend.rank, lambda: model_state_bytes(engine), say, folder.log)
 
 
 def _largest_share(schedule: Schedule, layout: ModelLayout) -> int:

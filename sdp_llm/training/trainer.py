@@ -34,6 +34,7 @@ class Trainer:
     :param total_steps: optimizer steps of the budget, with those before ``position``.
     :param saver: writes checkpoints; None: there are none.
     :param position: how far the backend has come.
+    :param memory_check: looks at the first steps; None: nothing is compared.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Trainer:
         total_steps: int,
         saver: Saver | None = None,
         position: Position | None = None,
+        memory_check: MemoryCheck | None = None,
     ) -> None:
         assert run.data is not None
         self.run = run
@@ -54,9 +56,9 @@ class Trainer:
         self.total_steps = total_steps
         self.position = position or Position()
         self.last_validation: Evaluation | None = None
-        self.memory_check: MemoryCheck | None = None
         self._fresh_validation: Evaluation | None = None
         self._saver = saver
+        self._memory_check = memory_check
         self._phase: Phase | None = None
         self._meter = Meter()
         self._health = Health(run, inputs, backend, folder, self.say, self.position)
@@ -116,8 +118,8 @@ class Trainer:
         self._bar.advance()
         if result.gradients is not None:
             self.folder.log({"step": self.step, **result.gradients})
-        if self.memory_check is not None:
-            self.memory_check.after(self.step, result.is_skipped)
+        if self._memory_check is not None:
+            self._memory_check.after(self.step, result.is_skipped)
         must_stop = result.must_stop or not self._validate_if_due()
         is_last = self.step == self.total_steps
         is_save_due = self._saver is not None and self._saver.is_due(
