@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.agree import agree
@@ -21,6 +22,7 @@ from sdp_llm.training.checkpoints import (
 from sdp_llm.training.exhausted import out_of_memory_explained
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.memory import MemoryCheck, model_state_bytes
+from sdp_llm.training.position import Position
 from sdp_llm.training.prediction import Prediction, predict
 from sdp_llm.training.progress import say as print_line
 from sdp_llm.training.resume import Start, find_start
@@ -73,21 +75,77 @@ def train(
     if start.checkpoint is not None and was_finished and position.step >= steps:
         say("finished already: raise the budget to train on, or take another training.run_dir")
         return
-    subnetwork = backend.engine.sharded.subnetwork
-    size = checkpoint_bytes(run, subnetwork.layout.numel)
+    _train_from(start, steps, run, inputs, backend, folder, say, watchdog)
+
+
+def _train_from(
+    start: Start,
+    steps: int,
+    run: RunConfig,
+    inputs: Inputs,
+    backend: EngineBackend,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    watchdog: Watchdog | None,
+) -> None:
+    """Train up to ``steps``; from when the status says that it runs, it also says how it ended."""
+    position = start.position
+    layout = backend.engine.sharded.subnetwork.layout
+    size = checkpoint_bytes(run, layout.numel)
     agree(lambda: check_space(run, folder.checkpoints, size, position.step, steps))
     status = Status(folder.path, backend.rank, steps)
-    is_own = start.checkpoint is not None and start.checkpoint.parent.resolve() == (
-        folder.checkpoints.resolve()
-    )
-    newest = f"checkpoints/{start.checkpoint.name}" if start.checkpoint and is_own else None
-    status.write(state=RUNNING, step=position.step, checkpoint=newest)
+    newest = _own_checkpoint(start, folder)
+    with (
+        _failure_told(status, position, watchdog),
+        out_of_memory_explained(run, inputs, backend.rank),  # the status has its line, too
+    ):
+        status.write(state=RUNNING, step=position.step, checkpoint=newest)
+        prediction = predict(run, inputs)
+        for line in folder.begin(position.step, prediction):
+            say(line)
+        say(summary_card(run, inputs, steps, prediction, position))
+        say(checkpoint_line(run, layout.numel, _largest_share(inputs.schedule, layout)) + "\n")
+        saved_step = position.step if newest else None
+        saver = _saver(run, inputs, backend, folder, status, say, size, saved_step)
+        memory_check = _memory_check(prediction, backend, folder, say)
+        trainer = Trainer(run, inputs, backend, folder, steps, saver, position, memory_check)
+        if trainer.fit():
+            status.write(state=FINISHED, step=trainer.step)
+            say(closing_lines(trainer))
+
+
+@contextmanager
+def _failure_told(status: Status, position: Position, watchdog: Watchdog | None) -> Iterator[None]:
+    """Within, what ends the run leaves a status that says why."""
     if watchdog is not None:
         watchdog.on_failure = status.fail
-    prediction = predict(run, inputs)
-    for line in folder.begin(position.step, prediction):
-        say(line)
-    saver = Saver(
+    try:
+        yield
+    except BaseException as error:
+        reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"
+        status.fail(f"step {position.step}: {reason}")
+        raise
+
+
+def _own_checkpoint(start: Start, folder: RunFolder) -> str | None:
+    """The checkpoint that the run continues from, relative to its folder; None: not in there."""
+    if start.checkpoint is None:
+        return None
+    is_own = start.checkpoint.parent.resolve() == folder.checkpoints.resolve()
+    return f"checkpoints/{start.checkpoint.name}" if is_own else None
+
+
+def _saver(
+    run: RunConfig,
+    inputs: Inputs,
+    backend: EngineBackend,
+    folder: RunFolder,
+    status: Status,
+    say: Callable[[str], None],
+    size: int,
+    saved_step: int | None,
+) -> Saver:
+    return Saver(
         run.training,
         backend,
         folder,
@@ -96,23 +154,8 @@ def train(
         budget=inputs.schedule.total_steps,
         global_batch=inputs.batch.global_batch,
         size=size,
-        saved_step=position.step if is_own else None,
+        saved_step=saved_step,
     )
-    say(summary_card(run, inputs, steps, prediction, position))
-    share = _largest_share(inputs.schedule, subnetwork.layout)
-    say(checkpoint_line(run, subnetwork.layout.numel, share) + "\n")
-    try:
-        memory_check = _memory_check(prediction, backend, folder, say)
-        trainer = Trainer(run, inputs, backend, folder, steps, saver, position, memory_check)
-        with out_of_memory_explained(run, inputs, backend.rank):  # the status has its line, too
-            is_finished = trainer.fit()
-    except BaseException as error:
-        reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"
-        status.fail(f"step {position.step}: {reason}")
-        raise
-    if is_finished:
-        status.write(state=FINISHED, step=trainer.step)
-        say(closing_lines(trainer))
 
 
 def _memory_check(

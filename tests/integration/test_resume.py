@@ -384,6 +384,20 @@ def test_a_run_without_a_checkpoint_starts_again(tiny: Tiny, pools: Pools, tmp_p
         assert "holds a run already" in error
 
 
+def test_a_run_that_cannot_begin_says_so(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", [f"training.run_dir={tmp_path / 'run'}"]
+    options.append("training.save_interval=0")
+    (folder / "plan.json").mkdir(parents=True)  # in the way of the file
+    for error in errors(pools(2), tiny, *options):
+        assert f'training.run_dir = "{folder}": cannot write: ' in error
+    entry = status(folder)
+    assert (entry["state"], entry["step"]) == ("failed", 0)
+    assert 'step 0: ConfigError: rank 0: training.run_dir = "' in entry["reason"]
+    (folder / "plan.json").rmdir()
+    run_on(pools(2), tiny, *options, stop_after=1)
+    assert status(folder)["state"] == "preempted"
+
+
 # -- what is damaged ------------------------------------------------------------------------------
 
 
