@@ -68,7 +68,7 @@ def initialize_unit(
     :returns: fp32 CPU tensors by global name.
     :raises ConfigError: the model gives a parameter its value where it is made, and not there.
     """
-    values = {spec.name: torch.full(spec.shape, math.nan) for spec in specs}
+    values = {spec.name: torch.full(spec.shape, math.nan, dtype=torch.float32) for spec in specs}
     bind(model, values, aliases)
     names = set(values) | {alias for alias, name in aliases.items() if name in values}
     with torch.random.fork_rng(devices=[]):
