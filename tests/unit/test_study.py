@@ -33,6 +33,7 @@ from benchmarks._study_page import fill
 from benchmarks._study_plan import (
     BASE,
     GRIDS,
+    PRESETS,
     QUESTIONS,
     SHALLOW,
     STEPS,
@@ -360,6 +361,19 @@ def test_the_tables_of_the_study_are_those_of_its_runs() -> None:
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert "<!-- table flops -->" in page
     assert fill(page, read_results(ROOT / "docs" / "study")) == page
+
+
+def test_the_presets_of_the_readme_have_the_gaps_of_the_study() -> None:
+    page = fill("<!-- table presets -->\n<!-- end -->", read_results(ROOT / "docs" / "study"))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()[3:-1]]
+    found = {row[0] if row[0] != "-" else row[1]: row[2:] for row in cells}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
+    for name, row in {**PRESETS, "smaller": "dense, 5 blocks"}.items():
+        line = next(
+            li for li in readme.splitlines() if li.startswith(f"| `llama_134m_{name}.json`")
+        )
+        gaps = [cell.strip() or "-" for cell in line.split("|")[6:-1]]
+        assert gaps == found[name if name in PRESETS else row], name
 
 
 def test_the_pages_of_the_study_are_those_of_its_runs(
