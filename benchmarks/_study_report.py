@@ -58,8 +58,10 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _is_on_front(case: Case) -> bool:
-    # Dropout takes another attention kernel, whose memory would stretch the axis.
-    return dense_of(case).model == BASE and case.samples == 1 and not case.model.dropout
+    # Dropout takes another attention kernel, whose memory would stretch the axis; so would the loss
+    # of a whole model that is of no use.
+    is_stretching = case.model.dropout or case.kind == "forward 1/4, no pins"
+    return dense_of(case).model == BASE and case.samples == 1 and not is_stretching
 
 
 def _rates_page(results: Results) -> str:
