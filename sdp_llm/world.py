@@ -1,7 +1,11 @@
-"""Collectives over all ranks, each noted for the watchdog; none where a rank is alone."""
+"""Collectives over all ranks, each noted for the watchdog; none where a rank is alone.
+
+For a few numbers that the host reads at once: on a GPU, too, they are there on return.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +22,7 @@ def all_reduce(
     if not _is_alone():
         with ACTIVITY.waiting(what):
             dist.all_reduce(values, op)
+            _wait_for(values)
     return values
 
 
@@ -31,7 +36,14 @@ def all_gather(row: Tensor, what: str) -> Tensor:
     rows = row.new_empty(dist.get_world_size(), len(row))
     with ACTIVITY.waiting(what):
         dist.all_gather_single(rows.view(-1), row)
+        _wait_for(rows)
     return rows
+
+
+def _wait_for(values: Tensor) -> None:
+    # NCCL only enqueues: otherwise the host would wait later, where nothing notes it.
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
 
 
 def _is_alone() -> bool:
