@@ -265,7 +265,7 @@ def _hooks(engine: SDPEngine) -> int:
 
 
 def rotate_often(case: Case, times: int) -> dict[str, Any]:
-    """Run on a rank: steps that each end in a rotation; what is alive after each, what meanwhile.
+    """Run on a rank: steps that each end in a rotation; what is alive before each, what meanwhile.
 
     The graph of every step, which knows the parameters of then, is kept.
     """
@@ -278,11 +278,12 @@ def rotate_often(case: Case, times: int) -> dict[str, Any]:
 
         def watched(plan: Plan, masking: str) -> None:
             engine.wait_for_weights()
+            # Not after the change: gloo's threads may hold the buffers of the last collective yet.
             before = tracker.live.total()
+            found["alive"].append(before)
             tracker.reset_peaks()
             change(plan, masking)
             engine.wait_for_weights()
-            found["alive"].append(tracker.live.total())
             found["beyond"].append(tracker.total_peak - max(before, tracker.live.total()))
             found["hooks"].append(_hooks(engine))
             found["groups"].append(len(engine.sharded.groups))
