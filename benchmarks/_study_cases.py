@@ -93,6 +93,34 @@ FINISHES = (0.05, 0.1, 0.2, 0.5)  # shares of the run
 ROTATIONS = (1, 50, 500)  # steps
 # The learning rate of the free blocks over that of the shared parameters, by name of the kind.
 FREE_RATES = {f"forward 1/2, free blocks' rate x {factor:g}": factor for factor in (0.5, 2.0)}
+LATE_BACKWARD = "forward 1/4, last 20% backward"
+
+
+@dataclass(frozen=True)
+class LateRate:
+    """What the learning rate of a run's last phase is multiplied by.
+
+    Attributes:
+        factor: after the warm-up.
+        warmup: steps in which it rises there from zero, linearly, as a share of the run's.
+    """
+
+    factor: float = 1.0
+    warmup: float = 0.0
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The factor of a step, counted from the begin of the phase."""
+        return self.factor * min(1.0, (step + 1) / (round(self.warmup * total_steps) + 1))
+
+
+LATE_RATES = {
+    f"{LATE_BACKWARD}, {name}": rate
+    for name, rate in (
+        ("rate x 0.5", LateRate(0.5)),
+        ("rate x 2", LateRate(2.0)),
+        ("warmed up again", LateRate(warmup=0.02)),
+    )
+}
 # By name: the `sdp` section, without the seed.
 KINDS: Mapping[str, Mapping[str, Any]] = {
     DENSE: {"coverage": "1"},
@@ -154,6 +182,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     },
     "forward 1/2, first 20% full": phases((0.2, _FULL), (1.0, {})),
     **{name: {"coverage": "1/2"} for name in FREE_RATES},
+    **{name: phases((0.8, {}), (1.0, _BACKWARD), coverage="1/4") for name in LATE_RATES},
 }
 
 

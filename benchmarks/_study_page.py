@@ -8,7 +8,15 @@ from dataclasses import replace
 
 from benchmarks._record import markdown_table
 from benchmarks._study_cases import DENSE, HALF, Case, Model
-from benchmarks._study_plan import COMPARED, LARGER_START, PRESETS, QUESTIONS, STEPS, WIDE
+from benchmarks._study_plan import (
+    COMPARED,
+    LARGER_START,
+    PRESETS,
+    QUESTIONS,
+    STEPS,
+    WIDE,
+    WIDEST,
+)
 from benchmarks._study_results import Results
 from benchmarks._study_rows import Row, dense_of, label, rows_of, table
 
@@ -47,6 +55,7 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         if case.kind in (DENSE, HALF) and case.reference is None and case.model != LARGER_START
     ]
     wide = [c for c in QUESTIONS[8] if dense_of(c).model == WIDE]
+    widest = [c for c in QUESTIONS[8] if dense_of(c).model == WIDEST]
     start = [c for c in QUESTIONS[8] if dense_of(c).model == LARGER_START]
     return {
         "flops": lambda results: _by_loss([*flops, *smaller], results),
@@ -58,6 +67,7 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "plans": lambda results: _by_loss(QUESTIONS[6], results),
         "sizes": lambda results: _rows(rows_of(half, results), _MODEL),
         "wide": lambda results: _by_loss(wide, results),
+        "widest": lambda results: _by_loss(widest, results),
         "start": lambda results: _by_loss(start, results),
         "presets": _presets,
         "untrained": _untrained,

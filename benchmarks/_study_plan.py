@@ -11,6 +11,8 @@ from benchmarks._study_cases import (
     FREE_RATES,
     HALF,
     INITIALIZER_RANGE,
+    LATE_BACKWARD,
+    LATE_RATES,
     Case,
     Model,
     Run,
@@ -80,13 +82,12 @@ def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
 
 
 _GROWING = "forward 1/4, 1/2, full, a third each"
-_LATE_BACKWARD = "forward 1/4, last 20% backward"
 _LATE_FULL = "forward 1/4, last 20% full"
 _SCALED = "forward 1/4, scale eval"
 # What is compared at a longer budget, too.
 _BOTH = (
     *(HALF, "forward 1/4", _SCALED),
-    *(_GROWING, "forward 1/2, last 50% backward", _LATE_BACKWARD),
+    *(_GROWING, "forward 1/2, last 50% backward", LATE_BACKWARD),
 )
 _LONG = (
     Case(BASE, DENSE, LONG),
@@ -102,6 +103,14 @@ _WIDE = (
     *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
     *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4)),
 )
+# And at four times the width.
+_WIDEST = (
+    *(
+        Case(WIDEST, kind, STEPS // 2)
+        for kind in (DENSE, _SCALED, "forward 1/2, scale eval", LATE_BACKWARD)
+    ),
+    *(_smaller(blocks, STEPS // 2, WIDEST) for blocks in (5, 4)),
+)
 # And with larger initial weights.
 _LARGER_START = (
     *(Case(LARGER_START, kind, STEPS) for kind in (DENSE, _SCALED)),
@@ -115,7 +124,8 @@ _SCHEDULES = tuple(
             *(f"forward 1/4, {side} 3, full, a third each" for side in ("first", "last")),
             "forward 1/2, rotated every 50, last 20% full",
             "forward 1/2, rotated every 1, last 50% full",
-            *(_LATE_BACKWARD, _LATE_FULL, _SCALED),
+            *(LATE_BACKWARD, _LATE_FULL, _SCALED),
+            *LATE_RATES,
         ]
     )
 )
@@ -194,10 +204,11 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
             for kind in (DENSE, HALF)
         ),
         *_WIDE,
+        *_WIDEST,
         *_LARGER_START,
         *(
             Case(LARGER_START, kind, STEPS)
-            for kind in ("forward 1/2, scale eval", _LATE_BACKWARD, _GROWING)
+            for kind in ("forward 1/2, scale eval", LATE_BACKWARD, _GROWING)
         ),
     ),
     9: _SCHEDULES,
@@ -206,7 +217,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
 PRESETS: Mapping[str, str] = {
     "memory": _SCALED,
     "balanced": "forward 1/2, scale eval",
-    "quality": _LATE_BACKWARD,
+    "quality": LATE_BACKWARD,
 }
 # What they are compared at: the column's title, the model and the budget.
 COMPARED: Mapping[str, tuple[Model, int]] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks._record import provenance
 from benchmarks._study_alignment import alignment
-from benchmarks._study_cases import FREE_RATES, WORLD_SIZE, Run
+from benchmarks._study_cases import FREE_RATES, LATE_RATES, WORLD_SIZE, LateRate, Run
 from benchmarks._study_merged import accumulate
 from benchmarks._study_results import result_path
 from sdp_llm.config import RunConfig, parse_config
@@ -36,14 +36,18 @@ class StudyBackend(SimulationBackend):
 
     :param is_probed: measure the alignment of gradients before the first step and at equal
         distances after it.
+    :param late_rate: of the schedule's last phase.
     """
 
-    def __init__(self, run: RunConfig, inputs: Inputs, is_probed: bool) -> None:
+    def __init__(
+        self, run: RunConfig, inputs: Inputs, is_probed: bool, late_rate: LateRate | None = None
+    ) -> None:
         super().__init__(run, inputs, torch.device("cpu"))
         simulation = self._simulation
         simulation.accumulate = lambda batch, micro: accumulate(simulation, batch, micro)
         torch.manual_seed(module_seed(run.training.seed, "dropout"))
         self.alignment: list[dict[str, Any]] = []
+        self._late_rate = late_rate
         self._interval = max(1, inputs.schedule.total_steps // PROBES) if is_probed else 0
         assert inputs.validation is not None
         indices = validation_samples(inputs.validation, PROBE_SAMPLES)
@@ -74,6 +78,13 @@ class StudyBackend(SimulationBackend):
         if self._interval and self._steps % self._interval == 0:
             found = alignment(self._simulation, self._probe, 1)
             self.alignment.append({"step": self._steps, **found})
+        last = self._schedule.phases[-1]
+        if self._late_rate is not None and self._steps >= last.start:
+            assert self._scheduler is not None
+            factor = self._late_rate.at(self._steps - last.start, last.stop)
+            rates = self._scheduler.get_last_lr()
+            for group, rate in zip(self._simulation.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
         return super().step(tokens)
 
 
@@ -97,7 +108,7 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
     folder = RunFolder(run, inputs.schedule, is_writer=True)
     folder.begin()
     started = time.process_time()  # others may stop this process for a while
-    backend = StudyBackend(run, inputs, is_probed)
+    backend = StudyBackend(run, inputs, is_probed, LATE_RATES.get(case.kind))
     if case.kind in FREE_RATES:
         backend.rescale_free_blocks(run, FREE_RATES[case.kind])
     trainer = Trainer(run, inputs, backend, folder, inputs.schedule.total_steps)

@@ -18,10 +18,12 @@ from benchmarks._study_cases import (
     DENSE,
     HALF,
     KINDS,
+    LATE_BACKWARD,
     LOSS_CHUNK,
     SEQUENCE_LENGTH,
     WORLD_SIZE,
     Case,
+    LateRate,
     Model,
     Run,
     size_of,
@@ -55,7 +57,7 @@ from benchmarks._study_results import (
 )
 from benchmarks._study_rows import dense_of, rows_of, table
 from benchmarks._study_train import StudyBackend
-from sdp_llm.config import parse_config, resolve_batch
+from sdp_llm.config import RunConfig, parse_config, resolve_batch
 from sdp_llm.data import IndexedDatasetWriter
 from sdp_llm.plan import analyze, make_plan, plan_from_config
 from sdp_llm.plan.schedule_cost import schedule_cost
@@ -139,20 +141,37 @@ def test_runs_survive_their_way_to_another_process() -> None:
         assert Run.from_json(run.to_json()) == run
 
 
-def test_the_rate_of_free_blocks_is_theirs_alone(tmp_path: Path) -> None:
-    kind = "forward 1/2, free blocks' rate x 2"
+def _run(tmp_path: Path, kind: str) -> RunConfig:
+    """A run of about 20 steps."""
     for split in ("train", "validation"):
         with IndexedDatasetWriter(tmp_path / f"{split}_text_document", "uint16") as writer:
             writer.add_document([1] * (WORLD_SIZE * SEQUENCE_LENGTH + 1))
     config = Run(Case(BASE, kind, 20), 0.004, 0).config(str(tmp_path), str(tmp_path))
     model = tmp_path / "models" / f"{BASE}.json"
-    model.parent.mkdir()
+    model.parent.mkdir(exist_ok=True)
     model.write_text(BASE.config().to_json_string())
-    run = parse_config(config)
-    backend = StudyBackend(run, load_inputs(run, WORLD_SIZE), is_probed=False)
-    backend.rescale_free_blocks(run, 2.0)
-    for _ in range(3):
+    return parse_config(config)
+
+
+def _backend(run: RunConfig, late_rate: LateRate | None = None) -> StudyBackend:
+    return StudyBackend(run, load_inputs(run, WORLD_SIZE), is_probed=False, late_rate=late_rate)
+
+
+def _rates(backend: StudyBackend, steps: int) -> list[float]:
+    """What each step is taken with."""
+    taken = []
+    optimizer = backend._simulation.optimizer
+    optimizer.register_step_pre_hook(lambda *_: taken.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(steps):
         backend.step(torch.ones(WORLD_SIZE, SEQUENCE_LENGTH + 1, dtype=torch.long))
+    return taken
+
+
+def test_the_rate_of_free_blocks_is_theirs_alone(tmp_path: Path) -> None:
+    run = _run(tmp_path, "forward 1/2, free blocks' rate x 2")
+    backend = _backend(run)
+    backend.rescale_free_blocks(run, 2.0)
+    _rates(backend, 3)
     simulation = backend._simulation
     rates = {p: group["lr"] for group in simulation.optimizer.param_groups for p in group["params"]}
     assert set(rates) == set(simulation.masters.values())
@@ -160,6 +179,20 @@ def test_the_rate_of_free_blocks_is_theirs_alone(tmp_path: Path) -> None:
         is_free = unit.block not in (None, 0, BASE.blocks - 1)
         for spec in unit.parameters:
             assert rates[simulation.masters[spec.name]] == backend.lr * (2 if is_free else 1)
+
+
+def test_the_late_rate_is_that_of_the_last_phase_alone(tmp_path: Path) -> None:
+    run = _run(tmp_path, LATE_BACKWARD)
+    plain = _backend(run)
+    total = plain._schedule.total_steps
+    start = plain._schedule.phases[1].start
+    expected = _rates(plain, total)
+    doubled = _rates(_backend(run, LateRate(2.0)), total)
+    assert doubled == expected[:start] + [rate * 2 for rate in expected[start:]]
+    warmed = _rates(_backend(run, LateRate(warmup=2 / total)), total)
+    factors = [1 / 3, 2 / 3, *[1.0] * (total - start - 2)]
+    late = [rate * factor for rate, factor in zip(expected[start:], factors, strict=True)]
+    assert warmed == pytest.approx(expected[:start] + late, rel=1e-12)
 
 
 def test_the_plans_of_equal_load_differ_in_lambda() -> None:
