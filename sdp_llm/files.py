@@ -22,6 +22,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, which is as before where the disk is full."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        data = text.encode()
+        try:
+            # A full disk takes a part without an error, and none of the rest.
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one step: a reader sees the old or the new text."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

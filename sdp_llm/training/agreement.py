@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +24,6 @@ from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.resume import flat
 from sdp_llm.versions import versions
 
-_EDGE_BYTES = 1 << 20
 # What a value may take of the line that tells a difference.
 _MOST_SHOWN = 80
 
@@ -44,10 +42,7 @@ def facts_of(run: RunConfig, inputs: Inputs, resume: str, world_size: int) -> Fa
     assert run.model is not None
     found |= flat(model, f"{run.model.config}: ")
     found["plan (SHA-256)"] = hashlib.sha256(repr(inputs.schedule).encode()).hexdigest()[:16]
-    assert run.data is not None
-    corpora = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
-    for prefix in [*corpora, *([run.data.validation] if run.data.validation else [])]:
-        found[f"data of {prefix}"] = data_fingerprint(prefix)
+    found |= {f"data of {prefix}": text for prefix, text in inputs.fingerprints.items()}
     return found
 
 
@@ -59,19 +54,6 @@ def source_hash() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def data_fingerprint(prefix: str) -> str:
-    """Of a corpus's two files: their sizes, and the SHA-256 of the first and last MiB of each."""
-    digest, sizes = hashlib.sha256(), []
-    for suffix in (".bin", ".idx"):
-        with Path(prefix + suffix).open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _EDGE_BYTES))
-            digest.update(file.read())
-            sizes.append(size)
-    return f"{sizes[0]} + {sizes[1]} bytes, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def first_difference(facts: Sequence[Facts]) -> str | None:

@@ -61,11 +61,19 @@ def set_aside(folder: Path, after: int) -> list[str]:
         (folder / LATEST).unlink(missing_ok=True)
     names = []
     for step in steps[len(left) :]:
-        aside = folder / f"{tag_of(step)}.set-aside"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = _free_name(folder / f"{tag_of(step)}.set-aside")
         (folder / tag_of(step)).rename(aside)
         names.append(aside.name)
     return names
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of ``path-2``, ``path-3``, … that is not there."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def clear_rubbish(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from sdp_llm.data.vocabulary import id_outside
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import sha256_of
 
+_EDGE_BYTES = 1 << 20
 _LONG = 1 << 30  # bytes; reading fewer takes less time than importing torch
 
 
@@ -21,11 +24,14 @@ def open_training(data: DataConfig) -> dict[str, PackedDataset]:
 
     :raises ConfigError: for files that are missing, damaged, or shorter than one sample.
     """
-    if isinstance(data.train, str):
-        named = {f"data.train = {json.dumps(data.train)}": data.train}
-    else:
-        named = {f"data.train[{json.dumps(prefix)}]": prefix for prefix in data.train}
+    key = "data.train = {}" if isinstance(data.train, str) else "data.train[{}]"
+    named = {key.format(json.dumps(prefix)): prefix for prefix in weights(data)}
     return {key: _open(key, prefix, data.sequence_length) for key, prefix in named.items()}
+
+
+def weights(data: DataConfig) -> dict[str, float]:
+    """The weight of each training corpus by its path, in the order in which they are blended."""
+    return {data.train: 1.0} if isinstance(data.train, str) else dict(data.train)
 
 
 def open_validation(data: DataConfig) -> dict[str, PackedDataset]:
@@ -57,11 +63,30 @@ def blend(data: DataConfig, corpora: list[PackedDataset], global_batch: int) -> 
         if isinstance(data.train, str):
             key = f"{key} = {json.dumps(data.train)}"
         else:
-            train = BlendedDataset(corpora, list(data.train.values()))
+            train = BlendedDataset(corpora, list(weights(data).values()))
         train.require_batch(global_batch)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     return train
+
+
+def fingerprints(data: DataConfig) -> dict[str, str]:
+    """What :func:`fingerprint` says of every corpus, by its path in the config."""
+    validation = [] if data.validation is None else [data.validation]
+    return {prefix: fingerprint(prefix) for prefix in [*weights(data), *validation]}
+
+
+def fingerprint(prefix: str) -> str:
+    """Of a corpus's two files: their sizes, and the SHA-256 of the first and last MiB of each."""
+    digest, sizes = hashlib.sha256(), []
+    for suffix in (".bin", ".idx"):
+        with Path(prefix + suffix).open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read())
+            sizes.append(size)
+    return f"{sizes[0]} + {sizes[1]} bytes, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def check_ids(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdp_llm.training.corpora import (
     blend,
     check_ids,
     check_tokenizer_of,
+    fingerprints,
     open_training,
     open_validation,
 )
@@ -32,7 +34,10 @@ from sdp_llm.training.documents import separator
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run config names: its model's config, its phases, its data and its loss."""
+    """What a run config names: its model's config, its phases, its data and its loss.
+
+    ``fingerprints`` tell every corpus, by its path in the config, from one with other content.
+    """
 
     model: PretrainedConfig
     schedule: Schedule
@@ -40,6 +45,7 @@ class Inputs:
     train: TrainingData
     validation: PackedDataset | None
     loss: NextTokenLoss = summed_loss
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
@@ -76,7 +82,15 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         # The attention does not matter, and that of the run may need a GPU.
         loss.check(cheap_model(model, "eager")[0])
     check_memory(run, model, batch, schedule)
-    return Inputs(model, schedule, batch, train, next(iter(validation.values()), None), loss)
+    return Inputs(
+        model,
+        schedule,
+        batch,
+        train,
+        next(iter(validation.values()), None),
+        loss,
+        fingerprints(run.data),
+    )
 
 
 def _check_monitors(run: RunConfig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from sdp_llm.subnetwork.residual import running_shares
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.budget import steps_from
 from sdp_llm.training.checkpoints import steps_in, tag_of
+from sdp_llm.training.corpora import weights
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.position import Position
+from sdp_llm.training.status import read_status
 
 AUTO, NONE = "auto", "none"
 
@@ -58,8 +62,9 @@ class Start:
 def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: str) -> Start:
     """Load the newest checkpoint that is whole into the backend. Collective.
 
-    :param resume: "auto": from the run folder, where it has one; "none": from step 0; or the path
-        of a checkpoint, or of a folder that holds some.
+    :param resume: "auto": from the run folder, where it has one, else from what the run in it was
+        begun from; "none": from step 0; or the path of a checkpoint, or of a folder that holds
+        some.
     :raises ConfigError: on every rank, when there are checkpoints but none is whole, when there is
         none at a path that was given, or when it is of another model.
     """
@@ -69,7 +74,7 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
     is_given = resume != AUTO
     folder = Path(resume) if is_given else Path(run.training.run_dir)
     # One rank looks, so that all try the same ones.
-    candidates = agree(lambda: _candidates(folder) if backend.rank == 0 else [])[0]
+    candidates = agree(lambda: _look(folder, is_given) if backend.rank == 0 else [])[0]
     skipped: list[str] = []
     for path in candidates:
         try:
@@ -104,6 +109,37 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
     return Start(Position(), None)
 
 
+def facts_to_compare(run: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the config, for :func:`find_start`.
+
+    ``global_batch`` is in samples; ``total_steps`` those of the schedule, not where the run ends:
+    after a change of the batch that is another step, and each resume would hear of another budget.
+    ``data`` has the fingerprint and the weight of every training corpus, in their order.
+    """
+    assert run.data is not None
+    return {
+        "global_batch": inputs.batch.global_batch,
+        "total_steps": inputs.schedule.total_steps,
+        "data": [[inputs.fingerprints[path], w] for path, w in weights(run.data).items()],
+    }
+
+
+def _look(folder: Path, is_given: bool) -> list[Path]:
+    """The checkpoints to try, newest first."""
+    found = _candidates(folder)
+    began_from = None if found or is_given else read_status(folder).get("began_from")
+    if began_from is None:
+        return found
+    # A run that another checkpoint was given to, and that has saved none of its own.
+    if not (Path(began_from) / MANIFEST).exists():
+        raise ConfigError(
+            f"training.run_dir = {json.dumps(str(folder))}: its run was begun from {began_from}, "
+            "which is not there any more, and has saved nothing; name a checkpoint with --resume, "
+            "or begin anew with another training.run_dir"
+        )
+    return [Path(began_from)]
+
+
 def _candidates(folder: Path) -> list[Path]:
     """The checkpoints that ``folder`` is or has, newest first."""
     if (folder / MANIFEST).exists():
@@ -119,32 +155,37 @@ def _changes(
     saved: Mapping[str, Any], run: RunConfig, inputs: Inputs, position: Position
 ) -> Iterator[str]:
     """A line for everything that goes on in another way than it did."""
-    trainer, total_steps = saved["client_state"], inputs.schedule.total_steps
+    facts, total_steps = saved["client_state"], inputs.schedule.total_steps
     world_size, now = saved["plan"]["world_size"], inputs.schedule.world_size
     if world_size != now:
         yield f"{now} ranks, {world_size} before"
     batch = inputs.batch.global_batch
-    if trainer["global_batch"] != batch:
+    if facts["global_batch"] != batch:
         yield (
-            f"warning: train_batch_size = {trainer['global_batch']} before, {batch} now: the data "
+            f"warning: train_batch_size = {facts['global_batch']} before, {batch} now: the data "
             "go on with the next unseen sample, schedules count steps"
         )
-        last = steps_from(run, inputs.batch, position, total_steps)
-        if run.training.tokens is not None and last != total_steps:
-            yield (
-                f"warning: training.tokens are used up at step {last:,}; phases, and a scheduler "
-                f'with total_num_steps = "auto", end at step {total_steps:,}, as if this had been '
-                f"the batch from the start; training.tokens=null training.steps={last} ends all "
-                "together"
-            )
-    if trainer["total_steps"] != total_steps:
+    last = steps_from(run, inputs.batch, position, total_steps)
+    if run.training.tokens is not None and last != total_steps:
         yield (
-            f"warning: the budget was {trainer['total_steps']} steps, it is {total_steps} now; a "
+            f"warning: training.tokens are used up at step {last:,}; phases, and a scheduler "
+            f'with total_num_steps = "auto", end at step {total_steps:,}, as if a step had always '
+            f"had as many tokens as now; training.tokens=null training.steps={last} ends all "
+            "together"
+        )
+    if facts["total_steps"] != total_steps:
+        yield (
+            f"warning: the budget was {facts['total_steps']} steps, it is {total_steps} now; a "
             'scheduler with total_num_steps = "auto" follows it'
         )
+    data_before, data_now = facts.get("data"), facts_to_compare(run, inputs)["data"]
+    if data_before is not None:
+        yield from _other_data(data_before, data_now)
     before, after = dict(flat(saved["config"])), dict(flat(to_dict(run)))
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
+        # Where a corpus lies does not matter, where it is known what it holds.
+        is_told = data_before is not None and key.startswith("data.train")
+        if before.get(key) != after.get(key) and not is_told:
             effect = next((text for start, text in _LOUD.items() if key.startswith(start)), "")
             if key.startswith("scheduler.") and run.scheduler is None:
                 effect = "the optimizer keeps the checkpoint's learning rate"
@@ -156,12 +197,24 @@ def _changes(
                 yield f"warning: {key} = {before.get(key)} before, {after.get(key)} now: {effect}"
     if run.sdp.residual_scale == before.get("sdp.residual_scale") == "eval":
         yield from _other_shares(saved["plan"], *inputs.schedule.at(position.step))
-    budget_before = trainer["total_steps"]
+    budget_before = facts["total_steps"]
     has_changed = before.get("sdp.schedule") != after.get("sdp.schedule")
     if len(inputs.schedule.phases) > 1 and (has_changed or budget_before != total_steps):
         yield _phases_line(
             run, inputs.schedule, position.step, None if has_changed else budget_before
         )
+
+
+def _other_data(before: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
+    """A line where the training corpora, or their weights, are not those of before."""
+    for number, pair in enumerate(zip_longest(before, now), 1):
+        if pair[0] != pair[1]:
+            was, is_now = ("none" if c is None else f"{c[0]}, weight {c[1]:g}" for c in pair)
+            yield (
+                f"warning: data.train: corpus {number} was {was}, it is {is_now} now: "
+                f"{_LOUD['data.']}"
+            )
+            return
 
 
 def _other_shares(saved: Mapping[str, Any], plan: Plan, masking: str) -> Iterator[str]:

@@ -15,13 +15,15 @@ from typing import Any
 from sdp_llm.agree import agree
 from sdp_llm.config import RunConfig, to_dict
 from sdp_llm.errors import ConfigError
-from sdp_llm.files import replace_text
+from sdp_llm.files import append_text, replace_text
 from sdp_llm.plan import Schedule
 from sdp_llm.training.checkpoints import clear_rubbish, set_aside, steps_in
 from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.status import UNFINISHED, read_status
 from sdp_llm.versions import versions
 
+METRICS = "metrics.jsonl"
+CONFIG, PLAN, ENVIRONMENT = "config.json", "plan.json", "environment.json"
 # A killed run's last helpers hold the folder for a few seconds more.
 PATIENCE_S = 10.0
 
@@ -38,9 +40,12 @@ class RunFolder:
 
     Collective: all ranks raise when rank 0 cannot take it. :meth:`begin` writes the first four.
 
+    ``continued_by`` says which command continues the run.
+
     :param resume: "none": the folder must not hold a run; "auto": it may, to be continued; a path:
-        it may if the path is inside.
-    :raises ConfigError: when it holds a run, another process writes into it, or it is not writable.
+        it may if the path is inside, or nothing was saved yet.
+    :raises ConfigError: when it holds a run or files of the same names that are no run's, another
+        process writes into it, or it is not writable.
     """
 
     def __init__(
@@ -52,7 +57,8 @@ class RunFolder:
         self._run = run
         self._schedule = schedule
         self._is_writer = is_writer
-        self._metrics = self.path / "metrics.jsonl"
+        self._metrics = self.path / METRICS
+        self.continued_by = "the same command" + " without --resume" * (resume != "auto")
         self._write_together(lambda: self._take(resume))
 
     def begin(self, step: int = 0, prediction: Prediction | ConfigError | None = None) -> list[str]:
@@ -72,9 +78,9 @@ class RunFolder:
         """Append one object to the metrics, with the time (seconds since 1970)."""
         if not self._is_writer:
             return
+        line = json.dumps({**values, "time": round(time.time(), 3)}) + "\n"
         try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+            append_text(self._metrics, line)
         except OSError as error:
             # A full disk must not end a run that it does not hurt otherwise.
             print(f"warning: {self._metrics}: cannot write: {error}; make room", flush=True)
@@ -102,21 +108,33 @@ class RunFolder:
             raise ConfigError(
                 f"{self._key}: holds a run already; choose another folder, or remove it{advice}"
             )
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         clear_rubbish(self.path)
         clear_rubbish(self.checkpoints)
 
     def _may_continue(self, resume: str) -> bool:
-        if resume == "auto":
-            # Without a checkpoint it starts again; one that finished is worth something.
-            is_unfinished = read_status(self.path).get("state") in UNFINISHED
-            return bool(steps_in(self.checkpoints)) or is_unfinished
         if resume == "none":
             return False
+        # Without a checkpoint it starts again; one that finished is worth something.
+        is_unfinished = read_status(self.path).get("state") in UNFINISHED
+        has_saved = bool(steps_in(self.checkpoints))
+        if resume == "auto":
+            return has_saved or is_unfinished
         # That a path is not there is another error, which comes when its checkpoint is read.
         path = Path(resume)
-        return not path.exists() or path.resolve().is_relative_to(self.path.resolve())
+        is_inside = path.resolve().is_relative_to(self.path.resolve())
+        return is_inside or not path.exists() or (is_unfinished and not has_saved)
+
+    def _refuse_foreign(self) -> None:
+        """A run begins with its metrics: without them these files are of something else."""
+        for name in (CONFIG, PLAN, ENVIRONMENT):
+            if (self.path / name).is_file() and not self._metrics.exists():
+                raise ConfigError(
+                    f"{self._key}: has a {name} and no {METRICS}, so that it is no run's; choose "
+                    "a folder of its own for the run"
+                )
 
     def _lock(self) -> None:
         """Keep other processes out as long as this object lives."""
@@ -142,17 +160,18 @@ class RunFolder:
         forgotten = [f"{name}: of steps that are done again" for name in self._set_aside(step)]
         kept, dropped = [], 0
         if self._metrics.exists():
-            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            # What a crash left of a line may not even be text.
+            for line in self._metrics.read_text("utf-8", errors="replace").splitlines():
                 if _step_of(line) <= step and step > 0:
                     kept.append(line + "\n")
                 else:
                     dropped += 1
         if dropped:
-            forgotten.append(f"metrics.jsonl: {dropped} lines of steps that are done again removed")
+            forgotten.append(f"{METRICS}: {dropped} lines of steps that are done again removed")
         replace_text(self._metrics, "".join(kept))
-        self._write("config.json", to_dict(self._run))
-        self._write("plan.json", _phases(self._schedule))
-        self._write("environment.json", _environment(self._schedule.world_size))
+        self._write(CONFIG, to_dict(self._run))
+        self._write(PLAN, _phases(self._schedule))
+        self._write(ENVIRONMENT, _environment(self._schedule.world_size))
         return forgotten
 
     def _set_aside(self, step: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,8 +57,7 @@ class Saver:
     A periodic save that fails is told to the person and the run goes on: the checkpoints before it
     are as they were, and the next one is tried when it is due.
 
-    :param budget: steps of the schedule; stored, so that a resume under another budget can say so.
-    :param global_batch: samples per step; stored for the same.
+    :param facts: stored, so that a resume can say what is other than before.
     :param size: about the bytes of a checkpoint.
     :param saved_step: the step of the checkpoint in this folder that the run continues from.
     """
@@ -71,8 +70,7 @@ class Saver:
         status: Status,
         say: Callable[[str], None],
         *,
-        budget: int,
-        global_batch: int,
+        facts: Mapping[str, Any],
         size: int,
         saved_step: int | None = None,
     ) -> None:
@@ -81,8 +79,7 @@ class Saver:
         self._folder = folder
         self._status = status
         self._say = say
-        self._budget = budget
-        self._global_batch = global_batch
+        self._facts = facts
         self._saved_step = saved_step
         self._pending: _Pending | None = None
         self._save_seconds = size / backend.world_size / ASSUMED_BYTES_PER_S
@@ -113,11 +110,7 @@ class Saver:
         started = time.perf_counter()
         is_async = can_wait and self._config.async_save
         begin = self._backend.begin_save if is_async else self._backend.save
-        state = {
-            "trainer": asdict(position),
-            "global_batch": self._global_batch,
-            "total_steps": self._budget,
-        }
+        state = {"trainer": asdict(position), **self._facts}
         try:
             begin(self._folder.checkpoints, tag_of(position.step), state)
         except ConfigError as error:
@@ -197,8 +190,8 @@ class Saver:
                 )
         self._status.write(state=PREEMPTED, step=position.step)
         self._say(
-            f"stopped at step {position.step} of {total_steps}, as asked by a signal; the same "
-            "command goes on from here"
+            f"stopped at step {position.step} of {total_steps}, as asked by a signal; "
+            f"{self._folder.continued_by} goes on from here"
         )
 
     def warn_if_too_slow(self, step_seconds: float) -> None:

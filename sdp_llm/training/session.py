@@ -25,7 +25,7 @@ from sdp_llm.training.memory import MemoryCheck, model_state_bytes
 from sdp_llm.training.position import Position
 from sdp_llm.training.prediction import Prediction, predict
 from sdp_llm.training.progress import say as print_line
-from sdp_llm.training.resume import Start, find_start
+from sdp_llm.training.resume import Start, facts_to_compare, find_start
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
 from sdp_llm.training.status import (
@@ -93,8 +93,8 @@ def _train_from(
     layout = backend.engine.sharded.subnetwork.layout
     size = checkpoint_bytes(run, layout.numel)
     agree(lambda: check_space(run, folder.checkpoints, size, position.step, steps))
-    status = Status(folder.path, backend.rank, steps)
     newest = _own_checkpoint(start, folder)
+    status = Status(folder.path, backend.rank, steps, start.checkpoint if newest is None else None)
     with (
         _failure_told(status, position, watchdog),
         out_of_memory_explained(run, inputs, backend.rank),  # the status has its line, too
@@ -151,8 +151,7 @@ def _saver(
         folder,
         status,
         say,
-        budget=inputs.schedule.total_steps,
-        global_batch=inputs.batch.global_batch,
+        facts=facts_to_compare(run, inputs),
         size=size,
         saved_step=saved_step,
     )

@@ -52,14 +52,17 @@ class Status:
     """Writes ``status.json``: ``state`` is running, finished, preempted or failed.
 
     Beside it stand ``step`` (at the last save, or where it ended) and ``total_steps``,
-    ``checkpoint`` (the newest complete one, relative to the run folder, or null), ``reason`` of a
+    ``checkpoint`` (the newest complete one, relative to the run folder, or null), ``began_from``
+    (the checkpoint of another folder that the run was begun from, or null), ``reason`` of a
     failure, ``warning`` (the last save, or removal of old checkpoints, that failed), ``host`` and
     ``pid`` of the process that wrote it, with ``machine`` and ``started`` that tell it from a later
     one of the same number, and ``time`` (seconds since 1970). A run that says "running" without a
     process was killed without a chance to say more.
     """
 
-    def __init__(self, run_dir: Path, rank: int, total_steps: int) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, total_steps: int, began_from: Path | None = None
+    ) -> None:
         self._run_dir = run_dir
         self._rank = rank
         self._content: dict[str, Any] = {
@@ -67,6 +70,7 @@ class Status:
             "step": 0,
             "total_steps": total_steps,
             "checkpoint": None,
+            "began_from": None if began_from is None else str(began_from.resolve()),
         }
 
     def write(self, **changes: Any) -> None:

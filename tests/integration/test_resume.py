@@ -318,7 +318,9 @@ def test_resume_none_and_paths(tiny: Tiny, pools: Pools, tmp_path: Path) -> None
     step_4 = str(first / "checkpoints" / "step-4")
     [outcome, _] = run_on(pools(2), tiny, there, resume=step_4, stop_after=1)
     assert f"continuing from {step_4}: step 4" in outcome.said
+    assert "the same command without --resume goes on from here" in outcome.said
     assert status(other)["checkpoint"] == "checkpoints/step-5"
+    assert status(other)["began_from"] == str(Path(step_4).resolve())
     for error in errors(pools(2), tiny, there, resume=step_4):
         assert "holds a run already" in error
         assert "without --resume it is continued" in error
@@ -382,6 +384,26 @@ def test_a_run_without_a_checkpoint_starts_again(tiny: Tiny, pools: Pools, tmp_p
     assert not (tmp_path / "run" / "checkpoints").exists()
     for error in errors(pools(2), tiny, where, *never):  # it has finished
         assert "holds a run already" in error
+
+
+def test_a_run_that_saved_nothing_starts_again_where_it_was_begun(
+    tiny: Tiny, pools: Pools, tmp_path: Path
+) -> None:
+    """And not from new weights, which would look like a run that goes on."""
+    run_on(pools(2), tiny, f"training.run_dir={tmp_path / 'base'}", stop_after=2)
+    fork, where = tmp_path / "fork", f"training.run_dir={tmp_path / 'fork'}"
+    for resume in ("auto", str(tmp_path / "base")):
+        run_on(pools(2), tiny, where, resume=str(tmp_path / "base"), stop_after=1)
+        shutil.rmtree(fork / "checkpoints")
+        [outcome, _] = run_on(pools(2), tiny, where, resume=resume, stop_after=1)
+        base = (tmp_path / "base" / "checkpoints" / "step-2").resolve()
+        assert f"continuing from {base}: step 2 of" in outcome.said
+        shutil.rmtree(fork)
+    run_on(pools(2), tiny, where, resume=str(tmp_path / "base"), stop_after=1)
+    shutil.rmtree(fork / "checkpoints")
+    shutil.rmtree(tmp_path / "base")
+    for error in errors(pools(2), tiny, where):
+        assert f'training.run_dir = "{fork}": its run was begun from {base}, which is not' in error
 
 
 def test_a_run_that_cannot_begin_says_so(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from sdp_llm.errors import ConfigError
 from sdp_llm.processes import this_process
 from sdp_llm.training.agreement import (
     agree_on_start,
-    data_fingerprint,
     first_difference,
     source_hash,
 )
+from sdp_llm.training.corpora import fingerprint
 
 SAME = {"version of torch": "2.13", "training.seed": 1, "sdp.owner_sets": None}
 FIX = "; start every rank with the same files, packages and arguments"
@@ -73,17 +73,17 @@ def test_long_values_differ_visibly() -> None:
 def test_the_fingerprint_of_data(tmp_path: Path) -> None:
     for suffix, size in ((".bin", 3 << 20), (".idx", 100)):
         (tmp_path / f"a{suffix}").write_bytes(bytes(size))
-    before = data_fingerprint(str(tmp_path / "a"))
+    before = fingerprint(str(tmp_path / "a"))
     assert before.startswith(f"{3 << 20} + 100 bytes, SHA-256 ")
     for place in (0, (3 << 20) - 1):
         with (tmp_path / "a.bin").open("r+b") as file:
             file.seek(place)
             file.write(b"x")
-        assert data_fingerprint(str(tmp_path / "a")) != before
+        assert fingerprint(str(tmp_path / "a")) != before
         with (tmp_path / "a.bin").open("r+b") as file:
             file.seek(place)
             file.write(b"\0")
-    assert data_fingerprint(str(tmp_path / "a")) == before
+    assert fingerprint(str(tmp_path / "a")) == before
 
 
 def test_the_hash_of_the_source_is_stable() -> None:

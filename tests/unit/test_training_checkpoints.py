@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_only_complete_names_count(tmp_path: Path) -> None:
     (folder / ".latest.7.partial").touch()
     clear_rubbish(folder)
     assert names(folder) == {"step-10.set-aside", "step-12.set-aside"}
+
+
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "step-3", "step-3.set-aside")
+    assert set_aside(folder, 2) == ["step-3.set-aside-2"]
+    folder_with(tmp_path, "step-3")
+    assert set_aside(folder, 2) == ["step-3.set-aside-3"]
+    assert len(names(folder)) == 3
+    assert steps_in(folder) == []
 
 
 def test_what_was_replaced_is_rubbish_once_another_has_its_name(tmp_path: Path) -> None:
@@ -164,7 +174,7 @@ def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
     status = Status(folder.path, 0, 100)
     status.write()
     return Saver(
-        run.training, disk, folder, status, said.append, budget=9, global_batch=8, size=size
+        run.training, disk, folder, status, said.append, facts={"total_steps": 9}, size=size
     )
 
 
@@ -187,12 +197,10 @@ def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
     assert sum("warning" in line for line in said) == 1
 
 
-def test_a_checkpoint_has_the_budget_of_the_schedule(tmp_path: Path) -> None:
-    # Not where the run ends: after another batch, tokens are used up at another step, and who goes
-    # on would hear of another budget each time.
+def test_a_checkpoint_has_the_position_and_the_facts(tmp_path: Path) -> None:
     disk = Disk()
     saver(tmp_path, disk, []).save(Position(step=7))
-    assert disk.state["total_steps"] == 9
+    assert disk.state == {"trainer": asdict(Position(step=7)), "total_steps": 9}
 
 
 def test_saves_that_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,16 @@ from sdp_llm.config import RunConfig, parse_config, resolve_batch, to_dict
 from sdp_llm.training.budget import run_schedule
 from sdp_llm.training.inputs import Inputs
 from sdp_llm.training.position import Position
-from sdp_llm.training.resume import Start, _changes
+from sdp_llm.training.resume import Start, _changes, facts_to_compare
 from sdp_llm.training.session import _start_lines
 
 COSINE = {"total_num_steps": 100, "warmup_num_steps": 10}
+DATA = {"train": "corpus", "sequence_length": 1024}
+FINGERPRINTS = {
+    "corpus": "100 + 50 bytes",
+    "moved/corpus": "100 + 50 bytes",
+    "other": "7 + 5 bytes",
+}
 PHASES: list[dict[str, Any]] = [{"until": 0.5}, {"until": 0.8, "coverage": 1}, {"until": 1}]
 
 
@@ -23,18 +29,21 @@ def prepared(
     steps: int, phases: list[dict[str, Any]] | None = PHASES, **sections: Any
 ) -> tuple[RunConfig, Inputs]:
     sections["sdp"] = {"schedule": phases, **sections.get("sdp", {})}
-    base = {"train_batch_size": 8, "training": {"steps": steps}}
+    base = {"train_batch_size": 8, "training": {"steps": steps}, "data": DATA}
     run = parse_config({**base, **sections})
     model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
-    return run, Inputs(model, run_schedule(run, model, batch, 4), batch, None, None)  # type: ignore[arg-type]
+    schedule = run_schedule(run, model, batch, 4)
+    return run, Inputs(model, schedule, batch, None, None, fingerprints=FINGERPRINTS)  # type: ignore[arg-type]
 
 
-def said(before: tuple[RunConfig, Inputs], now: tuple[RunConfig, Inputs], step: int) -> list[str]:
+def said(
+    before: tuple[RunConfig, Inputs], now: tuple[RunConfig, Inputs], step: int, **client_state: Any
+) -> list[str]:
     """What is said when a run of ``before`` goes on as ``now`` after ``step`` steps."""
     run, inputs = before
     plan, masking = inputs.schedule.at(step)
     state = {
-        "client_state": {"global_batch": 8, "total_steps": inputs.schedule.total_steps},
+        "client_state": {**facts_to_compare(run, inputs), **client_state},
         "plan": {"world_size": 4, "owners": plan.owner_sets, "masking": masking},
         "config": to_dict(run),
     }
@@ -160,9 +169,8 @@ def test_another_batch_of_a_budget_of_tokens_says_where_it_ends(
     batch: int, last: int, total: int
 ) -> None:
     """100 steps of 8 samples of 1024 tokens, of which 60 are over."""
-    data = {"train": "corpus", "sequence_length": 1024}
     before, now = (
-        prepared(0, None, train_batch_size=size, data=data, training={"tokens": 100 * 8 * 1024})
+        prepared(0, None, train_batch_size=size, training={"tokens": 100 * 8 * 1024})
         for size in (8, batch)
     )
     lines = said(before, now, 60)
@@ -170,8 +178,59 @@ def test_another_batch_of_a_budget_of_tokens_says_where_it_ends(
     assert lines[1].startswith(
         f"warning: training.tokens are used up at step {last:,}; phases, and"
     )
-    assert f"end at step {total:,}, as if this had been the batch from the start; " in lines[1]
+    assert f"end at step {total:,}, as if a step had always had as many tokens as now; " in lines[1]
     assert lines[1].endswith(f"training.tokens=null training.steps={last} ends all together")
+
+
+def test_another_length_of_a_budget_of_tokens_says_where_it_ends() -> None:
+    """100 steps of 8 samples of 1024 tokens, of which 60 are over; a step is half as long then."""
+    before, now = (
+        prepared(0, None, data=DATA | {"sequence_length": length}, training={"tokens": 100 << 13})
+        for length in (1024, 512)
+    )
+    lines = said(before, now, 60)
+    assert lines[0].startswith("warning: training.tokens are used up at step 140; phases, and a")
+    assert lines[1].startswith("warning: the budget was 100 steps, it is 200 now")
+    assert lines[2].startswith("warning: data.sequence_length = 1024 before, 512 now: the data")
+    assert len(lines) == 3
+
+
+THE_DATA_CHANGE = "the data change: samples are counted on, whatever they are"
+
+
+def test_other_content_is_a_warning_and_another_place_is_none() -> None:
+    def changed(train: Any, now: Any) -> list[str]:
+        before, after = (prepared(100, None, data=DATA | {"train": t}) for t in (train, now))
+        return said(before, after, 60)
+
+    assert changed("corpus", "moved/corpus") == []
+    assert changed("corpus", {"moved/corpus": 1.0}) == []
+    assert changed("corpus", "other") == [
+        "warning: data.train: corpus 1 was 100 + 50 bytes, weight 1, it is 7 + 5 bytes, weight 1 "
+        f"now: {THE_DATA_CHANGE}"
+    ]
+    blend = {"corpus": 0.5, "other": 0.5}
+    assert changed(blend, dict(blend)) == []
+    [order] = changed(blend, {"other": 0.5, "corpus": 0.5})
+    assert order.startswith("warning: data.train: corpus 1 was 100 + 50 bytes, weight 0.5, it is 7")
+    [weight] = changed(blend, {"corpus": 0.5, "other": 0.25})
+    assert "corpus 2 was 7 + 5 bytes, weight 0.5, it is 7 + 5 bytes, weight 0.25 now" in weight
+    [more] = changed("corpus", {"corpus": 1.0, "other": 0.25})
+    assert "corpus 2 was none, it is 7 + 5 bytes, weight 0.25 now" in more
+
+
+def test_other_content_at_the_same_place_is_a_warning() -> None:
+    data = [["9 + 9 bytes", 1.0]]
+    [line] = said(prepared(100, None), prepared(100, None), 60, data=data)
+    assert line.startswith(
+        "warning: data.train: corpus 1 was 9 + 9 bytes, weight 1, it is 100 + 50"
+    )
+
+
+def test_a_checkpoint_that_does_not_know_its_data_goes_by_their_path() -> None:
+    now = prepared(100, None, data=DATA | {"train": "moved/corpus"})
+    [line] = said(prepared(100, None), now, 60, data=None)
+    assert line == f"warning: data.train = corpus before, moved/corpus now: {THE_DATA_CHANGE}"
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(100, False), (81, False), (80, True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import time
 from dataclasses import replace
@@ -114,6 +115,47 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path: Path) -> None:
         RunFolder(run_at(path), always(make_plan(2, 6, owners_per_block=1)), is_writer=True)
     assert f"training.run_dir = {json.dumps(str(path))}" in str(caught.value)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "plan.json", "environment.json"])
+def test_files_of_the_same_names_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / name).write_text("a model's")
+    for resume in ("auto", "none", str(path / "checkpoints")):
+        with pytest.raises(ConfigError, match=f"has a {name} and no metrics.jsonl, so that it is"):
+            RunFolder(run_at(path), SCHEDULE, is_writer=True, resume=resume)
+    assert (path / name).read_text() == "a model's"
+    (path / name).unlink()
+    RunFolder(run_at(path), SCHEDULE, is_writer=True).begin()
+
+
+def test_a_line_that_a_crash_left_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)
+    folder.log({"step": 1})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = metrics.read_bytes()
+    metrics.write_bytes(kept + b'{"step": 2, "\xff\x00')
+    assert folder.begin(5) == ["metrics.jsonl: 1 lines of steps that are done again removed"]
+    assert metrics.read_bytes() == kept
+
+
+def test_a_full_disk_leaves_no_half_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(run_at(tmp_path / "run"), SCHEDULE, is_writer=True)
+    folder.log({"step": 1})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = metrics.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Within a process that may write 20 bytes more.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 20, before[1]))
+    try:
+        folder.log({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "metrics.jsonl: cannot write: " in capsys.readouterr().out
+    assert metrics.read_bytes() == kept
 
 
 def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
