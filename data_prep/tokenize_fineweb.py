@@ -69,6 +69,7 @@ def output_settings(
         "validation_fraction": arguments.validation_fraction,
         "dedup": not arguments.no_dedup,
         "tokenizer_sha256": sha256_of(encoder.folder / "tokenizer.json"),
+        "eos_id": encoder.eos_id,  # tokenizer_config.json decides it
         "tokenizers_version": tokenizers.__version__,
         "format_version": FORMAT_VERSION,
     }

@@ -38,7 +38,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from sdp_llm.exported import load_exported
     from sdp_llm.loss import NextTokenLoss, target_count
     from sdp_llm.training.budget import check_positions
-    from sdp_llm.training.corpora import check_ids, open_validation
+    from sdp_llm.training.corpora import check_ids, check_tokenizer_of, open_validation
     from sdp_llm.training.documents import separator
     from sdp_llm.training.inputs import load_tokenizer, target_bytes
 
@@ -51,7 +51,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     check_positions(run, model.config)
     vocabulary = model.config.get_text_config().vocab_size
     check_ids(corpora, vocabulary, f"{folder}/config.json", None, 1)
-    tokenizer = None if run.data.tokenizer is None else load_tokenizer(run.data.tokenizer)
+    tokenizer = None
+    if run.data.tokenizer is not None:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        check_tokenizer_of(corpora, run.data.tokenizer, tokenizer.eos_token_id)
     attention = model.config._attn_implementation
     eos_id = separator(run.data, model.config, attention, tokenizer, corpora)
     loss = NextTokenLoss(eos_id, run.training.loss_chunk)

@@ -129,24 +129,29 @@ def _part(size: int, rank: int, world_size: int) -> tuple[int, int]:
     return size * rank // world_size, size * (rank + 1) // world_size
 
 
-def check_tokenizer_of(corpora: Mapping[str, PackedDataset], folder: str) -> None:
+def check_tokenizer_of(
+    corpora: Mapping[str, PackedDataset], folder: str, eos_id: int | None
+) -> None:
     """Check that ``data.tokenizer`` is what the corpora were made with, as far as both say.
 
     An error and not a warning: the export would hold a tokenizer whose ids mean other text than
     the model has learnt, and the bits per byte would count the bytes of such text.
 
-    :param folder: of the tokenizer; without a tokenizer.json nothing is checked.
-    :raises ConfigError: a manifest has another SHA-256 than the tokenizer.json.
+    :param folder: of the tokenizer.
+    :param eos_id: the tokenizer's id of the end of a text.
+    :raises ConfigError: a manifest has another SHA-256 than the tokenizer.json, or another eos_id.
     """
     file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        return
-    own = sha256_of(file)
+    own = sha256_of(file)[:12] + "…" if file.is_file() else None
     for key, corpus in corpora.items():
-        noted = read_manifest(corpus.dataset.prefix).tokenizer_sha256
-        if noted is not None and noted != own:
-            raise ConfigError(
-                f"data.tokenizer = {json.dumps(folder)}: its tokenizer.json has SHA-256 {own[:12]}"
-                f"…, but {key} was made with {noted[:12]}…; name the tokenizer that the corpus "
-                "was made with"
-            )
+        manifest = read_manifest(corpus.dataset.prefix)
+        noted = manifest.tokenizer_sha256
+        for what, has, made_with in (
+            ("its tokenizer.json has SHA-256", own, noted and f"{noted[:12]}…"),
+            ("its end-of-sequence id is", eos_id, manifest.eos_id),
+        ):
+            if None not in (has, made_with) and has != made_with:
+                raise ConfigError(
+                    f"data.tokenizer = {json.dumps(folder)}: {what} {has}, but {key} was made with "
+                    f"{made_with}; name the tokenizer that the corpus was made with"
+                )

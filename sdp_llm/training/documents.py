@@ -1,4 +1,4 @@
-"""Where a document ends, for ``data.document_mask``."""
+"""Where a document ends: for ``data.document_mask``, and for the model that is exported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sdp_llm.config import DataConfig
+from sdp_llm.config import DataConfig, RunConfig
 from sdp_llm.data import IndexedDataset, PackedDataset
 from sdp_llm.data.manifest import read_manifest
 from sdp_llm.errors import ConfigError
@@ -16,6 +16,32 @@ from sdp_llm.subnetwork.packing import check_documents_apart
 
 _KEY = "data.document_mask = true"
 _DOCUMENTS_CHECKED = 64  # per corpus, spread evenly
+
+
+def check_end(
+    run: RunConfig,
+    ends: int | list[int] | None,
+    tokenizer: Any,
+    corpora: Mapping[str, PackedDataset],
+) -> None:
+    """Check that the model's config names the id that ends the documents, where it names any.
+
+    Generation with the exported model stops there: at another id it would stop in the midst of a
+    text, or never.
+
+    :param ends: ``eos_token_id`` of the model's config.
+    :raises ConfigError: tokenizer or manifests name another.
+    """
+    assert run.model is not None
+    assert run.data is not None
+    known = [ends] if isinstance(ends, int) else ends
+    for origin, eos_id in _ends(run.data, tokenizer, corpora).items():
+        if known and eos_id not in known:
+            raise ConfigError(
+                f"model.config = {json.dumps(run.model.config)}: eos_token_id = {json.dumps(ends)} "
+                f"there, but the end-of-sequence id of {origin} is {eos_id}, and generation would "
+                f"not stop at it; set eos_token_id to {eos_id}, or to null"
+            )
 
 
 def separator(
@@ -55,18 +81,15 @@ def _eos_id(
     data: DataConfig, model: PretrainedConfig, tokenizer: Any, corpora: Mapping[str, PackedDataset]
 ) -> tuple[int, str]:
     """The id, and where it is from."""
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id), f"data.tokenizer = {json.dumps(data.tokenizer)}"
-    noted = {key: read_manifest(corpus.dataset.prefix).eos_id for key, corpus in corpora.items()}
-    found = {key: eos_id for key, eos_id in noted.items() if eos_id is not None}
+    found = _ends(data, tokenizer, corpora)
     if len(set(found.values())) > 1:
-        ids = ", ".join(f"{eos_id} of {key}" for key, eos_id in found.items())
+        ids = ", ".join(f"{eos_id} of {origin}" for origin, eos_id in found.items())
         raise ConfigError(
             f"{_KEY}: the manifests name different end-of-sequence ids ({ids}); use corpora that "
             "were made with one tokenizer"
         )
-    for key, eos_id in found.items():
-        return eos_id, f"the manifest of {key}"
+    for origin, eos_id in found.items():
+        return eos_id, origin
     eos = model.get_text_config().eos_token_id
     if not isinstance(eos, int):
         raise ConfigError(
@@ -75,6 +98,17 @@ def _eos_id(
             "data.tokenizer to the tokenizer that the corpora were made with"
         )
     return eos, "the model's config"
+
+
+def _ends(data: DataConfig, tokenizer: Any, corpora: Mapping[str, PackedDataset]) -> dict[str, int]:
+    """The ids that end a document by who names them: the tokenizer alone, else the manifests."""
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        return {f"data.tokenizer = {json.dumps(data.tokenizer)}": int(tokenizer.eos_token_id)}
+    noted = {
+        f"the manifest of {key}": read_manifest(corpus.dataset.prefix).eos_id
+        for key, corpus in corpora.items()
+    }
+    return {origin: eos_id for origin, eos_id in noted.items() if eos_id is not None}
 
 
 def _check_ends(key: str, dataset: IndexedDataset, eos_id: int, origin: str) -> None:

@@ -29,7 +29,7 @@ from sdp_llm.training.corpora import (
     open_training,
     open_validation,
 )
-from sdp_llm.training.documents import separator
+from sdp_llm.training.documents import check_end, separator
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
     if run.data.tokenizer is not None:
         tokenizer = load_tokenizer(run.data.tokenizer)
         _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
-        check_tokenizer_of(corpora, run.data.tokenizer)
+        check_tokenizer_of(corpora, run.data.tokenizer, tokenizer.eos_token_id)
+    check_end(run, text.eos_token_id, tokenizer, corpora)
     eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
     loss = NextTokenLoss(eos_id, run.training.loss_chunk)
     if loss.chunk is not None:

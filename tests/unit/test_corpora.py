@@ -133,17 +133,27 @@ def test_the_tokenizer_is_the_one_of_the_corpus(tmp_path: Path) -> None:
     corpus = write(tmp_path / NAME, [1] * TOKENS)
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    check_tokenizer_of({"key": corpus}, str(folder))  # neither says
+    check_tokenizer_of({"key": corpus}, str(folder), 2)  # neither says
     (folder / "tokenizer.json").write_text("{}")
-    check_tokenizer_of({"key": corpus}, str(folder))  # the corpus does not say
+    check_tokenizer_of({"key": corpus}, str(folder), 2)  # the corpus does not say
     note(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        check_tokenizer_of({'data.train["x"]': corpus}, str(folder))
+        check_tokenizer_of({'data.train["x"]': corpus}, str(folder), 2)
     message = str(caught.value)
     for part in (f'data.tokenizer = "{folder}"', 'data.train["x"]', "abababababab…", "name the"):
         assert part in message
     note(tmp_path, tokenizer={"sha256": hashlib.sha256(b"{}").hexdigest()})
-    check_tokenizer_of({"key": corpus}, str(folder))
+    check_tokenizer_of({"key": corpus}, str(folder), 2)
+
+
+def test_the_tokenizer_ends_documents_as_the_corpus_does(tmp_path: Path) -> None:
+    """The file that names the end is not the one with the SHA-256."""
+    corpus = write(tmp_path / NAME, [1] * TOKENS)
+    note(tmp_path)
+    check_tokenizer_of({"key": corpus}, str(tmp_path), 2)
+    check_tokenizer_of({"key": corpus}, str(tmp_path), None)
+    with pytest.raises(ConfigError, match="its end-of-sequence id is 0, but key was made with 2;"):
+        check_tokenizer_of({"key": corpus}, str(tmp_path), 0)
 
 
 # -- blends ---------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sdp_llm.config import DataConfig
+from sdp_llm.config import DataConfig, parse_config
 from sdp_llm.data import IndexedDataset, IndexedDatasetWriter, PackedDataset
 from sdp_llm.errors import ConfigError
 from sdp_llm.loss import NextTokenLoss, document_positions, summed_loss
 from sdp_llm.subnetwork import packing
 from sdp_llm.subnetwork.measure import load_model_config, model_size, saved_bytes
 from sdp_llm.subnetwork.packing import check_documents_apart
-from sdp_llm.training.documents import separator
+from sdp_llm.training.documents import check_end, separator
 from tests.conftest import ROOT
 from tests.distributed.test_families import FAMILIES, _config
 
@@ -247,6 +247,42 @@ def test_else_it_is_an_error(find: Make, model: Any) -> None:
         assert part in message
 
 
+@pytest.mark.parametrize("ends", [8, [3, 8], None, []])
+def test_a_model_that_knows_the_end(tmp_path: Path, ends: Any) -> None:
+    _check_model(tmp_path, ends, tokenizer=8)
+    _check_model(tmp_path, ends, note=8)
+    _check_model(tmp_path, ends)  # nobody knows
+
+
+@pytest.mark.parametrize("ends", [2, [2, 3], 0])
+def test_a_model_that_would_stop_elsewhere(tmp_path: Path, ends: Any) -> None:
+    for known, origin in (
+        ({"tokenizer": 8, "note": 2}, 'data.tokenizer = "folder"'),
+        ({"note": 8}, "the manifest of data.train = 1"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            _check_model(tmp_path, ends, **known)
+        assert str(caught.value) == (
+            f'model.config = "model.json": eos_token_id = {json.dumps(ends)} there, but the '
+            f"end-of-sequence id of {origin} is 8, and generation would not stop at it; set "
+            "eos_token_id to 8, or to null"
+        )
+
+
+def _check_model(
+    folder: Path, ends: Any, tokenizer: int | None = None, note: int | None = None
+) -> None:
+    prefix = folder / "train_text_document"
+    if not Path(f"{prefix}.bin").exists():
+        with IndexedDatasetWriter(prefix, "uint16") as writer:
+            writer.add_document([5] * 10)
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"eos_id": note}}))
+    data = {"train": str(prefix), "sequence_length": 4, "tokenizer": "folder"}
+    run = parse_config({"model": {"config": "model.json"}, "data": data})
+    corpus = PackedDataset(IndexedDataset(prefix), 4)
+    check_end(run, ends, SimpleNamespace(eos_token_id=tokenizer), {"data.train = 1": corpus})
+
+
 def test_documents_that_end_otherwise_are_an_error(find: Make) -> None:
     with pytest.raises(ConfigError) as caught:
         find(end=6, tokenizer=7)
@@ -272,7 +308,7 @@ def test_manifests_that_differ_are_an_error(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"eos_id": i}}))
         corpora[f"data.train[{i}]"] = PackedDataset(IndexedDataset(folder / "c"), 4)
     data = DataConfig({"a": 1, "b": 1}, 4, document_mask=True)
-    with pytest.raises(ConfigError, match=r"3 of data.train\[3\], 4 of data.train\[4\]"):
+    with pytest.raises(ConfigError, match=r"3 of the manifest of data.train\[3\], 4 of the"):
         separator(data, LlamaConfig(**HEADS), "sdpa", None, corpora)
 
 
