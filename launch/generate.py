@@ -35,7 +35,9 @@ def generate(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     for prompt in arguments.prompt:
         # Every document ends with that token: after it another one begins.
-        inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+        inputs = tokenizer(prompt or tokenizer.eos_token or "", return_tensors="pt").to(
+            model.device
+        )
         if not inputs["input_ids"].numel():
             raise ConfigError(
                 f"--prompt {prompt!r}: the tokenizer of --model {folder} makes no tokens of it; "

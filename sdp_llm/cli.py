@@ -50,6 +50,8 @@ class Parser(argparse.ArgumentParser):
         known = [text for action in self._actions for text in action.option_strings]
         close = difflib.get_close_matches(unknown, known, n=1) if unknown else []
         hint = f"did you mean {close[0]}? " if close else ""
+        if unknown and not unknown.startswith("-") and Path(unknown).exists():
+            hint = "a pattern is given in quotes, for the shell puts file names in its place; "
         sys.exit(fail(name, f"{message}; {hint}--help lists the arguments", 2))
 
 
@@ -107,8 +109,13 @@ def exported_model(folder: str) -> str:
 
     :raises ConfigError: when it is no folder with a model.
     """
-    if not (Path(folder) / "config.json").is_file():
+    path = Path(folder)
+    if not (path / "config.json").is_file():
         raise ConfigError(f"--model {folder}: has no config.json; name an exported model")
+    if (path / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"--model {folder}: is the folder of a run; name the model in it, {path / 'model'}"
+        )
     return folder
 
 

@@ -13,6 +13,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def from_here(path: str | Path) -> str:
+    """Where a relative path was looked for, for a message that it is not there; "" for others."""
+    return "" if Path(path).is_absolute() else f" (looked for in {Path.cwd()})"
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdp_llm.errors import ConfigError
-from sdp_llm.files import sync
+from sdp_llm.files import from_here, sync
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -204,7 +204,9 @@ class IndexedDataset:
         self._bin_path, self._idx_path = _paths(prefix)
         for path in (self._bin_path, self._idx_path):
             if not path.is_file():
-                raise ConfigError(f"{path}: no such file; {_meant_instead(self.prefix)}")
+                raise ConfigError(
+                    f"{path}: no such file{from_here(path)}; {_meant_instead(self.prefix)}"
+                )
         self._read_header()
         self._check_index()
         size = self._bin_path.stat().st_size

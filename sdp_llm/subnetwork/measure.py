@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.config import ModelConfig
 from sdp_llm.errors import ConfigError
+from sdp_llm.files import from_here
 from sdp_llm.loss import NextTokenLoss, summed_loss
 from sdp_llm.plan.size import FP32_BYTES, BlockSize, ModelSize, UnitSize
 from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
@@ -49,7 +50,8 @@ def load_model_config(path: str | Path, key: str = "model.config") -> Pretrained
         file = local_folder(str(path)) or file
     if not (file.is_file() or (file / "config.json").is_file()):
         raise ConfigError(
-            f"{key} = {str(path)!r}: no such file, nor a folder with a config.json; {fix}"
+            f"{key} = {str(path)!r}: no such file, nor a folder with a config.json"
+            f"{from_here(path)}; {fix}"
         )
     try:
         config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)

@@ -6,11 +6,12 @@ import argparse
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from sdp_llm import cli
-from sdp_llm.cli import run_command, until_checked
+from sdp_llm.cli import Parser, exported_model, run_command, until_checked
 from sdp_llm.errors import ConfigError, RankLost, TrainingStopped
 
 
@@ -91,3 +92,25 @@ def test_sigterm_takes_effect_when_nothing_is_wrong() -> None:
     with until_checked():
         pass
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_folder_of_a_run_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--model {tmp_path}: has no config.json; name an exp"):
+        exported_model(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    assert exported_model(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=f"folder of a run; name the model in it, {tmp_path}/mod"):
+        exported_model(str(tmp_path))
+
+
+def test_a_pattern_without_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("")
+    parser.add_argument("--source")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.touch()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--source", *map(str, files)])
+    said = capsys.readouterr().err
+    assert f"unrecognized arguments: {files[1]}; a pattern is given in quotes, for" in said

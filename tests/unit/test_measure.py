@@ -185,6 +185,8 @@ def test_blocks_that_cannot_be_skipped_are_an_error() -> None:
 def test_model_config_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file, nor a folder"):
         load_model_config(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match=rf"config.json \(looked for in {Path.cwd()}\); give a"):
+        load_model_config("absent.json")
     wrong = tmp_path / "config.json"
     wrong.write_text('{"model_type": "no_such_type"}')
     for path in (wrong, tmp_path):
