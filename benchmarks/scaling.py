@@ -28,6 +28,7 @@ from benchmarks._scaled import at_world_size, run_case
 from benchmarks._scaling_picture import draw
 from benchmarks._systems import Workload, parse_system
 from benchmarks._time_model import Cluster
+from sdp_llm.report.png import require_matplotlib
 from sdp_llm.subnetwork.measure import load_model_config, model_size
 
 MIB = 2**20
@@ -158,6 +159,7 @@ def _measurements(arguments: argparse.Namespace, network: str | None) -> list[di
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, predict, and write page and picture."""
+    require_matplotlib("scaling")  # before what takes long
     with counted_network("scaling") as network:
         results = _measurements(arguments, network)
     predictions = _predictions(arguments)

@@ -30,6 +30,7 @@ from benchmarks._study_plan import PROBED, QUESTIONS
 from benchmarks._study_queue import Settings, missing, seconds_of, train_missing
 from benchmarks._study_results import read_results
 from sdp_llm.errors import ConfigError
+from sdp_llm.report.png import require_matplotlib
 from sdp_llm.training.environment import prepare
 from sdp_llm.training.progress import duration
 
@@ -83,6 +84,7 @@ def report(arguments: argparse.Namespace) -> None:
     from benchmarks._study_page import fill
     from benchmarks._study_report import write_report
 
+    require_matplotlib("report")
     results = read_results(arguments.output)
     for path in write_report(results, arguments.pages):
         print(path)

@@ -25,7 +25,7 @@ def write_pngs(records: Sequence[Record], folder: Path) -> list[Path]:
     :returns: what was written.
     :raises ConfigError: without matplotlib, or when the folder cannot be written.
     """
-    _require_matplotlib(f"--png {folder}")
+    require_matplotlib(f"--png {folder}")
     charts = [*loss_charts(records).values(), *step_charts(records)]
     written = []
     try:
@@ -48,7 +48,7 @@ def save_plan(phases: Sequence[PhasePicture], path: Path) -> None:
 
     :raises ConfigError: without matplotlib.
     """
-    _require_matplotlib(str(path))
+    require_matplotlib(str(path))
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -115,7 +115,12 @@ def _figure_of(chart: Chart) -> Any:
     return figure
 
 
-def _require_matplotlib(what: str) -> None:
+def require_matplotlib(what: str) -> None:
+    """Check that pictures can be drawn.
+
+    :param what: asks for them, for the message.
+    :raises ConfigError: it is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:

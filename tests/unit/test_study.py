@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks import _study_report
+from benchmarks import _study_report, study
 from benchmarks._record import ROOT
 from benchmarks._study_alignment import alignment, cosine
 from benchmarks._study_cases import (
@@ -432,6 +433,16 @@ def test_runs_in_one_file_are_results_again(results: Results, tmp_path: Path) ->
     run = Run(Case(BASE, DENSE, STEPS), 0.004, 0)
     assert found.by_run[run]["loss"] == results.by_run[run]["loss"]
     assert "config" not in found.by_run[run]
+
+
+def test_a_report_without_matplotlib_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--output", str(tmp_path), "--pages", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["study.py", "report", *arguments])
+    assert study.main() == 2
+    assert "error: report: PNG needs matplotlib, which is not" in capsys.readouterr().err
 
 
 @pytest.mark.slow
