@@ -27,13 +27,15 @@ def check_end(
     """Check that the model's config names the id that ends the documents, where it names any.
 
     Generation with the exported model stops there: at another id it would stop in the midst of a
-    text, or never.
+    text, or never. A model that begins from a checkpoint keeps the end that it has learnt.
 
     :param ends: ``eos_token_id`` of the model's config.
     :raises ConfigError: tokenizer or manifests name another.
     """
     assert run.model is not None
     assert run.data is not None
+    if run.model.init_from is not None:
+        return
     known = [ends] if isinstance(ends, int) else ends
     for origin, eos_id in _ends(run.data, tokenizer, corpora).items():
         if known and eos_id not in known:

@@ -269,8 +269,16 @@ def test_a_model_that_would_stop_elsewhere(tmp_path: Path, ends: Any) -> None:
         )
 
 
+def test_a_model_from_a_checkpoint_keeps_its_own_end(tmp_path: Path) -> None:
+    _check_model(tmp_path, 2, tokenizer=8, init_from="folder")
+
+
 def _check_model(
-    folder: Path, ends: Any, tokenizer: int | None = None, note: int | None = None
+    folder: Path,
+    ends: Any,
+    tokenizer: int | None = None,
+    note: int | None = None,
+    **model: str,
 ) -> None:
     prefix = folder / "train_text_document"
     if not Path(f"{prefix}.bin").exists():
@@ -278,7 +286,7 @@ def _check_model(
             writer.add_document([5] * 10)
     (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"eos_id": note}}))
     data = {"train": str(prefix), "sequence_length": 4, "tokenizer": "folder"}
-    run = parse_config({"model": {"config": "model.json"}, "data": data})
+    run = parse_config({"model": {"config": "model.json", **model}, "data": data})
     corpus = PackedDataset(IndexedDataset(prefix), 4)
     check_end(run, ends, SimpleNamespace(eos_token_id=tokenizer), {"data.train = 1": corpus})
 
