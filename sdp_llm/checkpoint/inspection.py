@@ -65,7 +65,9 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of the manifest; none where it is damaged, of which the reader tells more."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = {name: {"bytes": e["bytes"], "sha256": e["sha256"]} for name, e in files.items()}
+        found = {
+            name: {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in files.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return found if all(map(is_plain_name, found)) else {}

@@ -253,6 +253,15 @@ def test_a_manifest_that_leads_out_of_its_folder(
     assert "does not describe files" in problem
 
 
+@pytest.mark.parametrize("size", [{"a": 1}, [], None, "many"])
+def test_a_manifest_with_sizes_that_are_none(size: object, checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"]["bytes"] = size
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    [problem] = inspect_checkpoint(checkpoint).problems
+    assert "take another checkpoint" in problem
+
+
 @pytest.mark.parametrize("name", ["../../x", "/etc", "", "..", "a\0b"])
 def test_latest_leads_nowhere_else(name: str, payload: Payload, tmp_path: Path) -> None:
     (tmp_path / "latest").write_text(name)
