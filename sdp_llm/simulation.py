@@ -133,15 +133,19 @@ class Simulation:
             )
         total = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         losses = []
-        for rank, samples in enumerate(batch.chunk(n)):
-            targets = target_count(samples)
-            losses.append(0.0)
-            with self.worker(rank):
-                for part in samples.split(micro_batch or len(samples)):
-                    loss = self.loss(self.model, part) / targets
-                    loss.backward()
-                    losses[rank] += loss.item()
-                    self._collect(total)
+        try:
+            for rank, samples in enumerate(batch.chunk(n)):
+                targets = target_count(samples)
+                losses.append(0.0)
+                with self.worker(rank):
+                    for part in samples.split(micro_batch or len(samples)):
+                        loss = self.loss(self.model, part) / targets
+                        loss.backward()
+                        losses[rank] += loss.item()
+                        self._collect(total)
+        finally:  # the gradients of a pass that failed halfway are of no step
+            for weight in self._weights.values():
+                weight.grad = None
         for unit in self.layout.units:
             owners = len(self.plan.owners(unit.block))
             for spec in unit.parameters:

@@ -102,6 +102,30 @@ def test_an_error_leaves_the_whole_model(masking: str) -> None:
     assert all(parameter.requires_grad for parameter in after.values())
 
 
+class Broken(torch.autograd.Function):
+    """The identity, whose backward pass fails."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+def test_a_pass_that_fails_leaves_no_gradients() -> None:
+    """What the blocks behind the failure, and workers before it, have got belongs to no step."""
+    simulated, expected = simulation(HALF), simulation(HALF)
+    first = simulated.model.get_submodule("model.layers.0")
+    hook = first.register_forward_hook(lambda block, inputs, hidden: Broken.apply(hidden))
+    with pytest.raises(ArithmeticError):
+        simulated.step(batch(0))
+    hook.remove()
+    assert all(parameter.grad is None for parameter in simulated.model.parameters())
+    assert simulated.step(batch(1)) == expected.step(batch(1))
+
+
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 def test_a_schedule_of_one_phase_equals_none(masking: str) -> None:
     alone = trained(masking=masking, coverage="1/2")
