@@ -118,7 +118,8 @@ class CheckpointWriting:
 
         :param write: what :meth:`write` did or does.
         :raises ConfigError: on every rank, when one could not write. What was saved before is then
-            as it was, and what was written is gone.
+            as it was, and what was written is gone; or the checkpoint is complete, and only
+            ``latest`` could not be written.
         """
         self._shared.complete(write, self._describe)
         # Together: no rank goes on, and perhaps loads, before ``latest`` is there.
@@ -140,8 +141,17 @@ class CheckpointWriting:
         write_json(partial / MANIFEST, manifest | {"sha256": seal(manifest)})
 
     def _name_latest(self) -> None:
-        if self._save_latest and self._rank == 0:
-            replace_text(self._folder / LATEST, self._tag)
+        if not self._save_latest or self._rank != 0:
+            return
+        latest = self._folder / LATEST
+        try:
+            replace_text(latest, self._tag)
+        except OSError as error:
+            raise ConfigError(
+                f"{latest}: cannot be written, so it does not name the checkpoint {self._tag}, "
+                f"which is complete: {error}; make it a file that can be written, or load with "
+                f"tag={json.dumps(self._tag)}"
+            ) from error
 
 
 def own_ranges(

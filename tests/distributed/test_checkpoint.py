@@ -323,9 +323,23 @@ def test_unwritable_folder_is_an_error_on_every_rank(pools: Pools, tmp_path: Pat
     for message in pools(2).run(save_error, str(tmp_path / "file" / "below"), None):
         assert message.startswith("rank 0: cannot read or write: ")
         assert "\n" not in message
-    (tmp_path / "folder" / "latest").mkdir(parents=True)  # in the way of the file
-    for message in pools(2).run(save_error, str(tmp_path / "folder"), None):
-        assert message.startswith("rank 0: cannot read or write: ")
+
+
+def save_and_load_by_tag(folder: str) -> tuple[str, str]:
+    """Run on a rank: the ConfigError of saving, and what can be loaded then."""
+    return save_error(folder, None), build(Case(2)).load_checkpoint(folder, tag="global_step0")[0]
+
+
+def test_a_checkpoint_that_only_latest_does_not_name_is_complete(
+    pools: Pools, tmp_path: Path
+) -> None:
+    (tmp_path / "latest").mkdir()  # in the way of the file
+    for message, loaded in pools(2).run(save_and_load_by_tag, str(tmp_path)):
+        assert message.startswith(f"rank 0: {tmp_path}/latest: cannot be written")
+        assert "the checkpoint global_step0, which is complete: " in message
+        assert message.endswith('or load with tag="global_step0"')
+        assert "\n" not in message
+        assert loaded == str(tmp_path / "global_step0")
 
 
 def save_badly(folder: str) -> list[str]:
