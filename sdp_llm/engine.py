@@ -255,6 +255,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         """Write the whole model as a HuggingFace checkpoint. Collective over the world.
 
         It replaces one that is there; other files of the folder stay.
+
+        :param tokenizer: a folder whose tokenizer files are copied.
+        :raises ConfigError: on every rank, when one cannot write, or ``tokenizer`` has none.
         """
         self.wait_for_weights()
         export_pretrained(self.sharded, save_directory, tokenizer=tokenizer)

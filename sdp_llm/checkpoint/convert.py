@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.checkpoint.export import (
-    TOKENIZER_FILES,
+    check_tokenizer,
     copy_tokenizer,
     describe_model,
     is_of_export,
@@ -58,8 +58,8 @@ def export_checkpoint(
     """
     if output.exists():
         raise ConfigError(f"--output {output}: exists; name a new folder, or remove it")
-    if tokenizer is not None and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(f"--tokenizer {tokenizer}: has no tokenizer; name the folder of one")
+    if tokenizer is not None:
+        check_tokenizer(f"--tokenizer {tokenizer}", tokenizer)
     with ExitStack() as stack:
         reader = CheckpointReader(checkpoint, stack)
         config = config or _saved_config(reader)

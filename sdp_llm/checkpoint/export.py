@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.activity import ACTIVITY
+from sdp_llm.agree import agree
 from sdp_llm.checkpoint.stream import read_header
 from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together, written
+from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import ModelLayout
@@ -70,11 +73,17 @@ def export_pretrained(
     ``sdp.residual_scale`` "eval" is folded into the weights, in fp32: of the masters where the
     writer has all of them (stage 0, and blocks of one owner), else of the weights.
 
-    :param tokenizer: a folder whose tokenizer files are copied.
+    :param tokenizer: a folder whose tokenizer files are copied, by rank 0.
     :param max_file_bytes: begin a new file before one grows larger (a single tensor may).
-    :raises ConfigError: on every rank, when one of them cannot write.
+    :raises ConfigError: on every rank, when one of them cannot write, or there is no tokenizer.
     """
     subnetwork = sharded.subnetwork
+
+    def check() -> None:
+        if tokenizer is not None and subnetwork.rank == 0:
+            check_tokenizer(f"tokenizer = {json.dumps(str(tokenizer))}", Path(tokenizer))
+
+    agree(check)
 
     def write(partial: Path) -> list[WrittenFile]:
         files = []
@@ -114,6 +123,16 @@ def written_aliases(layout: ModelLayout, config: PretrainedConfig) -> dict[str, 
     """
     is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     return {} if is_tied else layout.aliases
+
+
+def check_tokenizer(key: str, folder: Path) -> None:
+    """Check that a folder has files that :func:`copy_tokenizer` copies.
+
+    :param key: what names the folder, and its value, for the message.
+    :raises ConfigError: it has none, or is not there.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{key}: has no tokenizer; name the folder of one")
 
 
 def copy_tokenizer(source: str | Path | None, folder: Path) -> None:

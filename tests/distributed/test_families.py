@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.checkpoint.export import export_pretrained
+from sdp_llm.errors import ConfigError
 from sdp_llm.initialization import initialize
 from sdp_llm.loss import summed_loss, target_count
 from tests.distributed.compare import whole
@@ -189,3 +190,30 @@ def test_an_export_replaces_an_older_one(pools: Callable[[int], Pool], tmp_path:
     assert "model-00000-00009.safetensors" not in _check_folder(folder, "LlamaForCausalLM")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     _load(folder)
+
+
+def export_with(folder: str, tokenizers: list[str]) -> list[str]:
+    """Run on a rank: the ConfigError of an export with each tokenizer, "" where there is none."""
+    engine, messages = initialize(llama(), run_config(Case(2)))[0], []
+    for tokenizer in tokenizers:
+        try:
+            engine.save_pretrained(folder, tokenizer)
+            messages.append("")
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_tokenizer_that_is_not_there(pools: Callable[[int], Pool], tmp_path: Path) -> None:
+    nowhere, empty, sound = (tmp_path / name for name in ("nowhere", "empty", "sound"))
+    empty.mkdir()
+    sound.mkdir()
+    (sound / "tokenizer.json").write_text("{}")
+    folder, tried = tmp_path / "export", [str(nowhere), str(empty), str(sound)]
+    for *messages, without in pools(2).run(export_with, str(folder), tried):
+        for message, path in zip(messages, tried, strict=False):
+            assert message == (
+                f'rank 0: tokenizer = "{path}": has no tokenizer; name the folder of one'
+            )
+        assert without == ""
+    assert (folder / "tokenizer.json").read_text() == "{}"
