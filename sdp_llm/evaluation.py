@@ -156,13 +156,14 @@ def evaluate(
     :param loss: what is computed; with its ``chunk`` the logits exist in pieces.
     :param must_stop: asked before each forward, and collective like it.
     :raises Interrupted: on every rank, when ``must_stop`` says so.
+    :raises ValueError: on every rank, when none has a sample, or on one there is no target in one
+        or ``micro_batch`` is below 1.
     """
     device = sharded.device
-    rounds = torch.tensor(-(-len(samples) // micro_batch), device=device)
+    rounds = _agreed_rounds(samples, micro_batch, device)
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    all_reduce(rounds, "start of the validation", dist.ReduceOp.MAX)
     with whole_model(sharded) as model:
-        for i in range(int(rounds)):
+        for i in range(rounds):
             ACTIVITY.beat()
             if must_stop is not None and must_stop():
                 raise Interrupted("evaluation")
@@ -175,3 +176,22 @@ def evaluate(
             total[1] += target_count(part)
     value, tokens = all_reduce(total, "validation loss").tolist()
     return Evaluation(value / tokens, int(tokens))
+
+
+def _agreed_rounds(samples: Tensor, micro_batch: int, device: torch.device) -> int:
+    """How often every rank runs the model; what one of them cannot do, none begins."""
+    own = [-(-len(samples) // max(micro_batch, 1)), -micro_batch, -samples.shape[1]]
+    most = torch.tensor(own, device=device)
+    all_reduce(most, "start of the validation", dist.ReduceOp.MAX)
+    rounds, *negated = most.tolist()
+    smallest, shortest = (-value for value in negated)
+    if smallest < 1:
+        raise ValueError(f"evaluate: micro_batch = {smallest}: must be at least 1 on every rank")
+    if shortest < 2:
+        raise ValueError(
+            f"evaluate: samples of {shortest} tokens on a rank: they have no target; give "
+            "[samples, sequence + 1] tokens"
+        )
+    if rounds == 0:
+        raise ValueError("evaluate: samples: no rank has any; give at least one rank one")
+    return int(rounds)

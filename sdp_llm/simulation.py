@@ -168,7 +168,12 @@ class Simulation:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Tensor]) -> float:
-        """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors."""
+        """The whole model's mean loss (nats per token) over ``[batch, sequence + 1]`` tensors.
+
+        :raises ValueError: when there are none.
+        """
+        if not sum(map(len, batches)):
+            raise ValueError("evaluate: batches: there are no samples; give at least one")
         total, targets = 0.0, 0
         self.model.eval()
         with self.residual_scale.whole_model():

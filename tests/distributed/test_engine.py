@@ -224,6 +224,34 @@ def test_a_new_batch_size_begins_the_step_anew(pools: Pools) -> None:
         assert midway == fresh
 
 
+def evaluation_errors() -> list[str]:
+    """Run on a rank: the ValueError of evaluations that are wrong on one rank, or on all."""
+    engine, messages = build(Case(2)), []
+    two_only_on_rank_0 = 2 if dist.get_rank() == 0 else 0
+    for samples, micro_batch in (
+        (my_slice(0), two_only_on_rank_0),
+        (my_slice(0), -1),
+        (my_slice(0)[:0], 2),
+        (my_slice(0)[:, :1], 2),
+    ):
+        try:
+            engine.evaluate(samples, micro_batch)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_evaluations_that_cannot_be_are_an_error_on_every_rank(pools: Pools) -> None:
+    for messages in pools(2).run(evaluation_errors):
+        assert messages == [
+            "evaluate: micro_batch = 0: must be at least 1 on every rank",
+            "evaluate: micro_batch = -1: must be at least 1 on every rank",
+            "evaluate: samples: no rank has any; give at least one rank one",
+            "evaluate: samples of 1 tokens on a rank: they have no target; give "
+            "[samples, sequence + 1] tokens",
+        ]
+
+
 def given_twice() -> str:
     model = LlamaForCausalLM(llama())
     initialize(model, run_config(Case(2)))

@@ -102,6 +102,12 @@ def test_an_error_leaves_the_whole_model(masking: str) -> None:
     assert all(parameter.requires_grad for parameter in after.values())
 
 
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 9, dtype=torch.int64)]])
+def test_an_evaluation_needs_samples(batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate: batches: there are no samples; "):
+        simulation(HALF).evaluate(batches)
+
+
 class Broken(torch.autograd.Function):
     """The identity, whose backward pass fails."""
 
