@@ -378,7 +378,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         # Its gradients are gone; and another number of ranks may cut a batch into other pieces.
         self._restart_accumulation()
         if optimizer is not None:
-            adopt_options(optimizer, state["param_groups"])
+            adopt_options(optimizer, state["param_groups"], is_scheduled_on=scheduler is not None)
         if scheduler is not None:
             adopt_scheduler(scheduler, state)
         return str(folder), state["client_state"]

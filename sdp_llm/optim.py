@@ -57,8 +57,12 @@ def wrong_parameters_explained(scheduler: str) -> Iterator[None]:
         ) from error
 
 
-# Not compared: the parameters, and what an optimizer or a scheduler adds only when it begins.
-_NOT_COMPARED = {"params", "step", "initial_lr"}
+# What torch's schedulers write into a parameter group, beside what they change there.
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+# A scheduler that has noted this cycles these.
+_NOTE_OF_CYCLES, _CYCLED = "max_momentum", {"momentum", "betas"}
+# What an optimizer adds only when it begins.
+_OF_BEGUN = {"step"}
 
 
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -78,14 +82,33 @@ def check_options(
     :raises ConfigError: they are another optimizer's.
     """
     groups = optimizer.param_groups
-    if [set(o) - _NOT_COMPARED for o in saved] != [set(group) - _NOT_COMPARED for group in groups]:
+    if len(saved) != len(groups) or not all(
+        _is_of(optimizer, *pair) for pair in zip(groups, saved, strict=True)
+    ):
         raise ConfigError(
             f"{folder}: saved with another optimizer than {type(optimizer).__name__}; use that "
             "one, or pass load_optimizer_states=False"
         )
 
 
-def adopt_options(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Go on with saved :func:`group_options`, which :func:`check_options` has let pass."""
+def _is_of(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]
+) -> bool:
+    """Whether saved options are those of this optimizer, whatever scheduler there was or is."""
+    own = group.keys() & optimizer.defaults.keys()
+    return own <= options.keys() and options.keys() - _OF_SCHEDULERS - _OF_BEGUN <= group.keys()
+
+
+def adopt_options(
+    optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], *, is_scheduled_on: bool
+) -> None:
+    """Go on with saved :func:`group_options`, which :func:`check_options` has let pass.
+
+    :param is_scheduled_on: whether the saved scheduler goes on too. Otherwise what that one wrote
+        stays behind, and what it cycled is as it is here, unless it is cycled here too.
+    """
     for group, options in zip(optimizer.param_groups, saved, strict=True):
-        group.update(options)
+        left = set() if is_scheduled_on else set(_OF_SCHEDULERS)
+        if left and _NOTE_OF_CYCLES in options and _NOTE_OF_CYCLES not in group:
+            left |= _CYCLED
+        group.update({name: value for name, value in options.items() if name not in left})

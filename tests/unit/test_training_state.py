@@ -31,6 +31,11 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+# They cycle the momentum too, and write what they need for it into the parameter groups.
+CYCLING: dict[str, dict[str, Any]] = {
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0, "step_size_up": 4},
+    "OneCycleLR": {"max_lr": 1.0, "total_steps": 30},
+}
 SEQUENTIAL = "SequentialLR"
 
 
@@ -67,10 +72,69 @@ def test_rates_go_on_as_if_never_stopped(name: str) -> None:
     kept = json.loads(json.dumps(state))
     optimizer, scheduler = scheduled(name)
     check_options(optimizer, kept["groups"], FOLDER)
-    adopt_options(optimizer, kept["groups"])
+    adopt_options(optimizer, kept["groups"], is_scheduled_on=True)
     check_scheduler(scheduler, kept, FOLDER)
     adopt_scheduler(scheduler, kept)
     assert first + rates(optimizer, scheduler, 13) == straight
+
+
+def cycled(name: str, optimizer: torch.optim.Optimizer) -> Any:
+    return getattr(torch.optim.lr_scheduler, name)(optimizer, **CYCLING[name])
+
+
+def adam() -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=0.5, betas=(0.7, 0.99))
+
+
+@pytest.mark.parametrize("name", CYCLING)
+def test_cycles_go_on_as_if_never_stopped(name: str) -> None:
+    def seen(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> list[Any]:
+        group = optimizer.param_groups[0]
+        return [(*rates(optimizer, scheduler, 1), *group["betas"]) for _ in range(count)]
+
+    optimizer = adam()
+    straight = seen(optimizer, cycled(name, optimizer), 20)
+    optimizer = adam()
+    scheduler = cycled(name, optimizer)
+    first = seen(optimizer, scheduler, 7)
+    state = {"scheduler": scheduler.state_dict(), "groups": group_options(optimizer)}
+    kept = json.loads(json.dumps(state))
+    optimizer = adam()
+    scheduler = cycled(name, optimizer)
+    check_options(optimizer, kept["groups"], FOLDER)
+    adopt_options(optimizer, kept["groups"], is_scheduled_on=True)
+    check_scheduler(scheduler, kept, FOLDER)
+    adopt_scheduler(scheduler, kept)
+    assert first + seen(optimizer, scheduler, 13) == straight
+
+
+@pytest.mark.parametrize("name", CYCLING)
+def test_a_cycle_is_no_other_optimizer(name: str) -> None:
+    """Saved under a cycle and loaded without, and the reverse; the scheduler is to blame."""
+    optimizer, plain = adam(), adam()
+    scheduler = cycled(name, optimizer)
+    options, now = group_options(plain), torch.optim.lr_scheduler.StepLR(plain, 3)
+    check_options(optimizer, options, FOLDER)
+    with pytest.raises(ConfigError, match=f"another learning-rate scheduler than {name}; keep"):
+        check_scheduler(scheduler, {"scheduler": now.state_dict()}, FOLDER)
+    rates(optimizer, scheduler, 3)
+    check_options(plain, group_options(optimizer), FOLDER)
+    with pytest.raises(ConfigError, match="another learning-rate scheduler than StepLR; keep"):
+        check_scheduler(now, {"scheduler": scheduler.state_dict()}, FOLDER)
+
+
+@pytest.mark.parametrize("name", CYCLING)
+def test_a_cycle_that_does_not_go_on_leaves_nothing(name: str) -> None:
+    optimizer, plain, other = adam(), adam(), adam()
+    rates(optimizer, cycled(name, optimizer), 3)
+    saved, keys = group_options(optimizer), plain.param_groups[0].keys()
+    adopt_options(plain, saved, is_scheduled_on=False)
+    assert plain.param_groups[0].keys() == keys
+    assert plain.param_groups[0]["betas"] == (0.7, 0.99)
+    assert plain.param_groups[0]["lr"] == saved[0]["lr"]
+    torch.optim.lr_scheduler.OneCycleLR(other, max_lr=3.0, total_steps=30)
+    adopt_options(other, saved, is_scheduled_on=False)
+    assert other.param_groups[0]["max_lr"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -91,7 +155,7 @@ def test_what_an_optimizer_adds_when_it_begins_is_no_difference() -> None:
     optimizer, _ = scheduled("WarmupLR")
     saved = [{**options, "step": 7, "initial_lr": 0.5} for options in group_options(optimizer)]
     check_options(optimizer, saved, FOLDER)
-    adopt_options(optimizer, saved)
+    adopt_options(optimizer, saved, is_scheduled_on=True)
     assert optimizer.param_groups[0]["step"] == 7
     with pytest.raises(ConfigError, match="saved with another optimizer than SGD"):
         check_options(optimizer, [{**saved[0], "betas": [0.9, 0.95]}], FOLDER)
