@@ -43,7 +43,7 @@ from sdp_llm.distributed import init_distributed
 from sdp_llm.errors import ConfigError
 from sdp_llm.evaluation import Evaluation, evaluate
 from sdp_llm.loss import NextTokenLoss, summed_loss
-from sdp_llm.optim import adopt_options, check_options, wrong_parameters_explained
+from sdp_llm.optim import adopt_options, check_made, check_options, wrong_parameters_explained
 from sdp_llm.plan import Plan
 from sdp_llm.sharding.from_config import Source, agreed_schedule, shard
 from sdp_llm.sharding.materialize import ShardedModel
@@ -143,7 +143,12 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         if client_optimizer is None:
             self.basic_optimizer = self._configure_basic_optimizer(groups)
         else:
+            # A copy: torch makes the groups its own.
+            given = [list(group["params"]) for group in groups]
             self.basic_optimizer = client_optimizer(groups)
+            phases = self.schedule.phases
+            changes = len(phases) > 1 or any(phase.rotate_every for phase in phases)
+            agree(lambda: check_made(self.basic_optimizer, given, must_keep_groups=changes))
         self.optimizer = ShardedOptimizer(
             self.sharded.units,
             self.basic_optimizer,

@@ -35,13 +35,14 @@ def initialize(
     :param config: a run config, its ``model``, ``data`` and ``training`` sections optional. Where
         ``model.init_from`` names a checkpoint, a rank reads its subnetwork's weights from it.
     :param optimizer: makes an element-wise optimizer from parameter groups, instead of the
-        config's ``optimizer``.
+        config's ``optimizer``: of all tensors in them, and where the plan changes, in these groups.
     :param lr_scheduler: makes a scheduler from an optimizer, instead of the config's.
     :param total_num_steps: the budget: that of ``sdp.schedule``, and what
         ``scheduler.params.total_num_steps: "auto"`` stands for.
     :returns: engine, optimizer, dataloader (None without ``training_data``) and scheduler.
-    :raises ConfigError: for a wrong config or a model without a single list of blocks; for
-        ``sdp.memory_limit_gib`` without a ``data`` section.
+    :raises ConfigError: for a wrong config, a model without a single list of blocks, or an
+        ``optimizer`` that makes another one; for ``sdp.memory_limit_gib`` without a ``data``
+        section.
     """
     if isinstance(config, RunConfig):
         run = config

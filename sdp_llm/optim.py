@@ -6,13 +6,15 @@ DeepSpeed takes for the same names, and DeepSpeed's own schedulers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
+from torch import Tensor
 
 from sdp_llm.config import RunConfig, optimizer_dict, scheduler_dict
 from sdp_llm.errors import ConfigError
@@ -55,6 +57,47 @@ def wrong_parameters_explained(scheduler: str) -> Iterator[None]:
             f"scheduler.params: {scheduler} cannot be made with them: {reason}; give those "
             "that its documentation names"
         ) from error
+
+
+def check_made(
+    optimizer: Any, given: Sequence[Sequence[Tensor]], *, must_keep_groups: bool
+) -> None:
+    """Check what a caller's function has made of parameter groups.
+
+    :param given: the tensors of each group that it was given.
+    :param must_keep_groups: whether other tensors will come into these groups.
+    :raises ConfigError: it does not optimise all of them, or in other groups, or with options that
+        no checkpoint can keep.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer: the function returned a {type(optimizer).__name__}; return the "
+            "torch.optim.Optimizer that it makes"
+        )
+    made = [{id(tensor) for tensor in group["params"]} for group in optimizer.param_groups]
+    wanted = [{id(tensor) for tensor in tensors} for tensors in given]
+    left_out = set().union(*wanted) - set().union(*made)
+    if left_out:
+        raise ConfigError(
+            f"optimizer: the function leaves out {len(left_out)} of the "
+            f"{sum(map(len, wanted))} tensors that it was given; pass all groups on to the "
+            "optimizer, and give those that must not move an lr of 0"
+        )
+    if must_keep_groups and made != wanted:
+        raise ConfigError(
+            f"optimizer: the function makes {len(made)} parameter groups of other tensors than the "
+            f"{len(wanted)} that it was given, and when sdp.schedule or sdp.rotate_every changes "
+            "the plan, what arrives belongs to one of those; keep them, in their order"
+        )
+    for options in group_options(optimizer):
+        for name, value in options.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ConfigError(
+                    f"optimizer: {name} of a parameter group is a {type(value).__name__}, which "
+                    "checkpoints cannot keep; give plain numbers, as float(...) makes"
+                ) from error
 
 
 # What torch's schedulers write into a parameter group, beside what they change there.

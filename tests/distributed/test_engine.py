@@ -156,6 +156,59 @@ def test_functions_that_make_optimizer_and_scheduler(pools: Pools) -> None:
             np.testing.assert_array_equal(a[3], b[3], err_msg=a[0])
 
 
+def one_group(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups[:1], lr=0.1)
+
+
+def without_a_tensor_on_rank_1(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if dist.get_rank() == 1:
+        groups[0]["params"].pop()
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def group_each(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1)
+
+
+def other_order(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups[::-1], lr=0.1)
+
+
+def tensor_rate(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=torch.tensor(0.1))
+
+
+def no_optimizer(groups: list[dict[str, Any]]) -> None:
+    pass
+
+
+ROTATING = {"sdp": {"owners_per_block": 1, "rotate_every": 2}}
+PHASES = {"sdp": {"schedule": [{"until": 0.5}, {"until": 1, "masking": "backward"}]}}
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "message"),
+    [
+        (one_group, {}, "rank 0: optimizer: the function leaves out "),
+        (without_a_tensor_on_rank_1, {}, "rank 1: optimizer: the function leaves out 1 of the "),
+        (group_each, ROTATING, "rank 0: optimizer: the function makes 1 parameter groups of other"),
+        (other_order, PHASES, "rank 0: optimizer: the function makes 2 parameter groups of other"),
+        (tensor_rate, {}, "rank 0: optimizer: lr of a parameter group is a Tensor, which checkp"),
+        (no_optimizer, {}, "rank 0: optimizer: the function returned a NoneType; return the tor"),
+        (group_each, {}, ""),
+        (other_order, {}, ""),
+    ],
+)
+def test_what_an_optimizer_function_makes_is_checked_at_the_start(
+    function: Callable[..., Any], changes: dict[str, Any], message: str, pools: Pools
+) -> None:
+    arguments, config = {"optimizer": function, "total_num_steps": 8}, run_config(Case(2))
+    for found in pools(2).run(error_of, arguments, config | changes):
+        assert found.startswith(message)
+        assert "\n" not in found
+        assert bool(found) == bool(message)
+
+
 def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     """Run on a rank: the ConfigError of a wrong call."""
     model = LlamaForCausalLM(llama())
