@@ -56,6 +56,16 @@ def _check_tag(folder: Path, tag: str) -> None:
         )
 
 
+def _as_json(part: str, value: Any) -> Any:
+    """What the JSON of a value is read as."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{part}: {error}; checkpoints hold JSON and tensors only: use plain values"
+        ) from error
+
+
 class CheckpointWriting:
     """A checkpoint on its way to ``folder/tag``, which appears complete or not at all.
 
@@ -96,14 +106,8 @@ class CheckpointWriting:
 
         def check() -> None:
             _check_tag(self._folder, self._tag)
-            try:
-                # A copy: the caller may change it while a background save writes.
-                self._state = json.loads(json.dumps(self._state))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"client_state: {error}; checkpoints hold JSON and tensors only: use plain "
-                    "values"
-                ) from error
+            # A copy: the caller may change it while a background save writes.
+            self._state = {part: _as_json(part, value) for part, value in self._state.items()}
 
         agree(check)
         self._shared.prepare()

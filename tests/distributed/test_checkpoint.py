@@ -318,6 +318,22 @@ def test_client_state_must_be_json(broken_rank: int, pools: Pools, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def save_with_a_tensor_as_rate(folder: str) -> str:
+    """Run on a rank: the ConfigError of saving an option that is no JSON."""
+    engine = build(Case(2))
+    engine.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    try:
+        engine.save_checkpoint(folder)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_not_json_is_named(pools: Pools, tmp_path: Path) -> None:
+    for message in pools(2).run(save_with_a_tensor_as_rate, str(tmp_path)):
+        assert message.startswith("rank 0: param_groups: Object of type Tensor is not JSON")
+
+
 def test_unwritable_folder_is_an_error_on_every_rank(pools: Pools, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     for message in pools(2).run(save_error, str(tmp_path / "file" / "below"), None):
