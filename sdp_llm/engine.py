@@ -141,7 +141,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         groups = parameter_groups(self.sharded.owned, self.run.training.decay_all)
         if client_optimizer is None:
-            self.basic_optimizer = self._configure_basic_optimizer(groups)
+            assert self.run.optimizer is not None
+            with wrong_parameters_explained("optimizer", self.run.optimizer.type):
+                self.basic_optimizer = self._configure_basic_optimizer(groups)
         else:
             # A copy: torch makes the groups its own.
             given = [list(group["params"]) for group in groups]
@@ -170,7 +172,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         )
 
     def _scheduler_from_config(self, optimizer: Any) -> Any:
-        with wrong_parameters_explained(self.scheduler_name()):
+        with wrong_parameters_explained("scheduler", self.scheduler_name()):
             # torch's schedulers take nothing but a torch optimizer.
             return super()._scheduler_from_config(self.basic_optimizer)
 

@@ -21,13 +21,17 @@ from sdp_llm.errors import ConfigError
 
 
 def build_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The torch optimizer that the config's ``optimizer`` section names."""
+    """The torch optimizer that the config's ``optimizer`` section names.
+
+    :raises ConfigError: it does not take the parameters.
+    """
     assert run.optimizer is not None
     name, params = run.optimizer.type, optimizer_dict(run.optimizer)["params"]
     params.pop("torch_adam", None)
     if params.pop("adam_w_mode", True) and name == "Adam":
         name = "AdamW"  # as DeepSpeed reads it
-    return getattr(torch.optim, name)(groups, **params)
+    with wrong_parameters_explained("optimizer", name):
+        return getattr(torch.optim, name)(groups, **params)
 
 
 def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
@@ -39,23 +43,26 @@ def build_scheduler(run: RunConfig, optimizer: torch.optim.Optimizer, total_step
         return None
     section = scheduler_dict(run.scheduler, total_steps)
     classes = lr_schedules if hasattr(lr_schedules, section["type"]) else torch.optim.lr_scheduler
-    with wrong_parameters_explained(section["type"]):
+    with wrong_parameters_explained("scheduler", section["type"]):
         return getattr(classes, section["type"])(optimizer, **section["params"])
 
 
 @contextmanager
-def wrong_parameters_explained(scheduler: str) -> Iterator[None]:
-    """Within, what a scheduler says of its parameters becomes one line.
+def wrong_parameters_explained(section: str, kind: str) -> Iterator[None]:
+    """Within, what an optimizer or a scheduler says of its parameters becomes one line.
 
-    :raises ConfigError: for TypeError and ValueError.
+    :param section: "optimizer" or "scheduler".
+    :raises ConfigError: for what they raise where parameters are wrong.
     """
     try:
         yield
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
         raise ConfigError(
-            f"scheduler.params: {scheduler} cannot be made with them: {reason}; give those "
-            "that its documentation names"
+            f"{section}.params: {kind} cannot be made with them: {reason}; give those that its "
+            "documentation allows"
         ) from error
 
 

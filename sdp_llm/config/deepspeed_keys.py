@@ -11,8 +11,10 @@ from sdp_llm.config.kinds import (
     POSITIVE,
     Kind,
     choice,
+    each,
     integer,
     number,
+    one_or_each,
 )
 
 # Valid in DeepSpeed, an error here. Value: what to use instead, empty where there is nothing.
@@ -231,13 +233,63 @@ REQUIRED_SCHEDULER_PARAMS: Mapping[str, tuple[str, ...]] = {
     # Without it DeepSpeed takes 0.001, whatever the optimizer's lr is.
     "WarmupDecayLR": ("total_num_steps", "warmup_max_lr"),
     "WarmupCosineLR": ("total_num_steps",),
+    "StepLR": ("step_size",),
+    "MultiStepLR": ("milestones",),
+    "ExponentialLR": ("gamma",),
+    "CosineAnnealingLR": ("T_max",),
+    "CosineAnnealingWarmRestarts": ("T_0",),
+    "CyclicLR": ("base_lr", "max_lr"),
+    "OneCycleLR": ("max_lr",),
 }
 
-# torch's schedulers that need nothing but numbers; torch itself checks their parameters.
-TORCH_SCHEDULERS = (
-    *("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR"),
-    *("CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"),
-)
+# torch's schedulers that need nothing but numbers; what is left out here, such as an upper limit,
+# torch checks.
+_EACH_RATE = one_or_each(_RATE)
+_FACTOR = number(above=0)
+_START = {"last_epoch": integer(-1, -1)}  # a checkpoint says where to go on
+TORCH_SCHEDULERS: Mapping[str, Mapping[str, Kind]] = {
+    "StepLR": {"step_size": POSITIVE, "gamma": _ANY_NUMBER, **_START},
+    "MultiStepLR": {"milestones": each(COUNT), "gamma": _ANY_NUMBER, **_START},
+    "ConstantLR": {"factor": _RATE, "total_iters": COUNT, **_START},
+    "LinearLR": {"start_factor": _RATE, "end_factor": _RATE, "total_iters": COUNT, **_START},
+    "ExponentialLR": {"gamma": _ANY_NUMBER, **_START},
+    "PolynomialLR": {"total_iters": COUNT, "power": _ANY_NUMBER, **_START},
+    "CosineAnnealingLR": {"T_max": POSITIVE, "eta_min": _RATE, **_START},
+    "CosineAnnealingWarmRestarts": {
+        "T_0": POSITIVE,
+        "T_mult": POSITIVE,
+        "eta_min": _RATE,
+        **_START,
+    },
+    "CyclicLR": {
+        "base_lr": _EACH_RATE,
+        "max_lr": _EACH_RATE,
+        "step_size_up": POSITIVE,
+        "step_size_down": POSITIVE,
+        "mode": choice("triangular", "triangular2", "exp_range"),
+        "gamma": _ANY_NUMBER,
+        "scale_mode": choice("cycle", "iterations"),
+        "cycle_momentum": _FLAG,
+        "base_momentum": _EACH_RATE,
+        "max_momentum": _EACH_RATE,
+        **_START,
+    },
+    "OneCycleLR": {
+        "max_lr": _EACH_RATE,
+        "total_steps": POSITIVE,
+        "epochs": POSITIVE,
+        "steps_per_epoch": POSITIVE,
+        "pct_start": _RATE,
+        "anneal_strategy": choice("cos", "linear"),
+        "cycle_momentum": _FLAG,
+        "base_momentum": _EACH_RATE,
+        "max_momentum": _EACH_RATE,
+        "div_factor": _FACTOR,
+        "final_div_factor": _FACTOR,
+        "three_phase": _FLAG,
+        **_START,
+    },
+}
 # These need functions, other schedulers or a metric, which a JSON file cannot give.
 UNSUPPORTED_SCHEDULERS = (
     *("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau"),

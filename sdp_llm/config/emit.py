@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -146,9 +147,11 @@ def check_warmup(scheduler: SchedulerConfig, total_steps: int) -> None:
 def scheduler_dict(scheduler: SchedulerConfig, total_steps: int | None) -> dict[str, Any]:
     """The scheduler section that DeepSpeed gets, with ``total_num_steps`` resolved.
 
-    :raises ConfigError: it is "auto" and ``total_steps`` is None.
+    :raises ConfigError: it is "auto" and ``total_steps`` is None, or OneCycleLR ends before.
     """
     params = dict(scheduler.params)
+    if scheduler.type == "OneCycleLR" and total_steps is not None:
+        _check_cycle(params, total_steps)
     if params.get("total_num_steps") == AUTO:
         if total_steps is None:
             raise ConfigError(
@@ -157,6 +160,17 @@ def scheduler_dict(scheduler: SchedulerConfig, total_steps: int | None) -> dict[
             )
         params["total_num_steps"] = total_steps
     return {"type": scheduler.type, "params": params}
+
+
+def _check_cycle(params: Mapping[str, Any], total_steps: int) -> None:
+    key, last = "total_steps", params.get("total_steps")
+    if last is None and {"epochs", "steps_per_epoch"} <= params.keys():
+        key, last = "epochs * steps_per_epoch", params["epochs"] * params["steps_per_epoch"]
+    if last is not None and last < total_steps:
+        raise ConfigError(
+            f"scheduler.params.{key} = {last}: the budget is {total_steps} steps, and OneCycleLR "
+            f"takes none after its last; use at least {total_steps}"
+        )
 
 
 def _value_at(config: RunConfig, path: str) -> Any:

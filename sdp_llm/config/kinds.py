@@ -123,6 +123,28 @@ def choice(*values: str) -> Kind:
     return Kind(name, parse)
 
 
+def each(kind: Kind) -> Kind:
+    """A list of values of a kind."""
+    name = f"list, each entry {_article(kind.name)}"
+
+    def parse(path: str, value: Any) -> list[Any]:
+        if not isinstance(value, list | tuple):
+            raise wrong(path, value, f"expected a {name}")
+        return [kind.parse(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
+
+    return Kind(name, parse)
+
+
+def one_or_each(kind: Kind) -> Kind:
+    """A value of a kind, or a list of them, one for each parameter group."""
+
+    def parse(path: str, value: Any) -> Any:
+        is_list = isinstance(value, list | tuple)
+        return (each(kind) if is_list else kind).parse(path, value)
+
+    return Kind(f"{kind.name} or a list", parse)
+
+
 def _parse_boolean(path: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise wrong(path, value, "expected true or false, without quotes")

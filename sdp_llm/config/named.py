@@ -56,17 +56,15 @@ def parse_scheduler_type(path: str, value: Any) -> str:
 
 
 def parse_scheduler_params(path: str, kind: str, raw: Any) -> dict[str, Any]:
-    """The given parameters of scheduler `kind`; those of torch's schedulers are left to torch."""
-    if kind in tables.TORCH_SCHEDULERS:
-        for name, value in _object(path, raw).items():
-            _refuse_auto(f"{path}.{name}", value)
-        return dict(raw)
-    params = _checked(path, raw, tables.SCHEDULERS[kind], auto="total_num_steps")
+    """The given parameters of scheduler `kind`; those left out keep its defaults."""
+    table = {**tables.SCHEDULERS, **tables.TORCH_SCHEDULERS}[kind]
+    params = _checked(path, raw, table, auto="total_num_steps")
     for name in tables.REQUIRED_SCHEDULER_PARAMS.get(kind, ()):
         if name not in params:
-            fix = (
-                '"auto" takes it from the budget' if name == "total_num_steps" else "give a number"
-            )
+            fix = {
+                "total_num_steps": '"auto" takes it from the budget',
+                "milestones": "give a list of numbers",
+            }.get(name, "give a number")
             raise ConfigError(f"{path}.{name}: missing, {kind} needs it; {fix}")
     return params
 

@@ -343,6 +343,7 @@ def test_wrong_calls_get_one_line(pools: Pools) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     config = run_config(Case(2))
+    cycle = {"max_lr": 1.0}
     bare = {name: value for name, value in config.items() if name != "optimizer"}
     calls: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"optimizer": optimizer}, config, "optimizer: SGD is an instance"),
@@ -350,6 +351,21 @@ def test_wrong_calls_get_one_line(pools: Pools) -> None:
         ({}, bare, "optimizer: missing"),
         ({"frozen": "model.norm.weight"}, config, "model: model.norm.weight is frozen"),
         ({}, config | {"train_batch_size": 7}, "train_batch_size"),
+        (
+            {},
+            config | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "nesterov": True}}},
+            "optimizer.params: SGD cannot be made with them: Nesterov momentum requires",
+        ),
+        (
+            {"total_num_steps": 8},
+            config | {"scheduler": {"type": "OneCycleLR", "params": {**cycle, "total_steps": 7}}},
+            "scheduler.params.total_steps = 7: the budget is 8 steps",
+        ),
+        (
+            {},
+            config | {"scheduler": {"type": "OneCycleLR", "params": cycle}},
+            "scheduler.params: OneCycleLR cannot be made with them: ",
+        ),
         (
             {},
             config | {"sdp": {**config["sdp"], "memory_limit_gib": 1e-6}},

@@ -73,6 +73,15 @@ def test_torch_schedulers_exist() -> None:
     assert known == set(torch.optim.lr_scheduler.__all__)
 
 
+@pytest.mark.parametrize("name", tables.TORCH_SCHEDULERS)
+def test_scheduler_parameters_are_those_of_torch(name: str) -> None:
+    signature = inspect.signature(getattr(torch.optim.lr_scheduler, name)).parameters
+    functions = {"scale_fn"} & set(signature)
+    assert {"optimizer", *functions, *tables.TORCH_SCHEDULERS[name]} == set(signature)
+    required = [key for key, value in signature.items() if value.default is value.empty]
+    assert required == ["optimizer", *tables.REQUIRED_SCHEDULER_PARAMS.get(name, ())]
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "RMSprop"])
 def test_optimizer_parameters_are_those_of_torch(name: str) -> None:
     only_deepspeed = {"torch_adam", "adam_w_mode"}

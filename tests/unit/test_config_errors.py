@@ -147,6 +147,25 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"scheduler.params.total_num_steps": None}, ["total_num_steps: missing", '"auto"']),
     ({"scheduler": {"type": "OneCycle"}}, ["scheduler.params.cycle_min_lr: missing"]),
     ({"scheduler.params.warmup_type": "cosine"}, ['expected "log" or "linear"']),
+    *(
+        ({"scheduler": {"type": kind, "params": params}}, words)
+        for kind, params, words in (
+            ("StepLR", {"step_sise": 3}, ["params.step_sise: unknown key", "params.step_size?"]),
+            ("StepLR", {}, ["scheduler.params.step_size: missing, StepLR needs it"]),
+            ("StepLR", {"step_size": "3"}, ['step_size = "3": expected', "without quotes"]),
+            ("StepLR", {"step_size": 0}, ["scheduler.params.step_size = 0: expected a positive"]),
+            ("StepLR", {"step_size": 3, "last_epoch": 4}, ["last_epoch = 4", "at most -1"]),
+            ("MultiStepLR", {}, ["milestones: missing", "give a list of numbers"]),
+            ("MultiStepLR", {"milestones": 3}, ["milestones = 3: expected a list, each entry an"]),
+            ("MultiStepLR", {"milestones": [1, "2"]}, ['params.milestones[1] = "2": expected']),
+            ("CosineAnnealingLR", {"T_max": 0}, ["scheduler.params.T_max = 0: expected a posit"]),
+            ("ExponentialLR", {"gamma": "0.9"}, ['gamma = "0.9": expected', "without quotes"]),
+            ("CyclicLR", {"base_lr": 0.1, "max_lr": [1, "1"]}, ['max_lr[1] = "1": expected']),
+            ("CyclicLR", {"base_lr": 0.1, "max_lr": 1, "step_size_up": 0}, ["step_size_up = 0"]),
+            ("OneCycleLR", {"max_lr": 1, "total_steps": 0}, ["total_steps = 0: expected a pos"]),
+            ("OneCycleLR", {"max_lr": 1, "div_factor": 0}, ["div_factor = 0: expected a number"]),
+        )
+    ),
 ]
 
 

@@ -15,7 +15,13 @@ from sdp_llm.checkpoint.training_state import adopt_scheduler, check_scheduler
 from sdp_llm.config import parse_config
 from sdp_llm.config.deepspeed_keys import TORCH_SCHEDULERS
 from sdp_llm.errors import ConfigError
-from sdp_llm.optim import adopt_options, build_scheduler, check_options, group_options
+from sdp_llm.optim import (
+    adopt_options,
+    build_optimizer,
+    build_scheduler,
+    check_options,
+    group_options,
+)
 
 FOLDER = Path("step-7")
 PARAMS: dict[str, dict[str, Any]] = {
@@ -164,14 +170,44 @@ def test_what_an_optimizer_adds_when_it_begins_is_no_difference() -> None:
 @pytest.mark.parametrize(
     ("kind", "params", "reason"),
     [
-        ("StepLR", {"step_sise": 3}, "step_sise"),
-        ("StepLR", {}, "step_size"),
+        ("LinearLR", {"start_factor": 2}, "Starting multiplicative factor"),
         ("OneCycleLR", {"max_lr": 1.0}, "total_steps"),
+        ("OneCycleLR", {"max_lr": [1.0, 2.0], "total_steps": 10}, "same length"),
     ],
 )
-def test_parameters_that_torch_does_not_take(
+def test_parameters_that_a_scheduler_does_not_take(
     kind: str, params: dict[str, float], reason: str
 ) -> None:
     run = parse_config({"scheduler": {"type": kind, "params": params}})
     with pytest.raises(ConfigError, match=f"^scheduler.params: {kind} cannot .*{reason}.*; give"):
         build_scheduler(run, scheduled("StepLR")[0], 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "reason"),
+    [
+        ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires a momentum and zero"),
+        ("AdamW", {"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True`"),
+    ],
+)
+def test_parameters_that_an_optimizer_does_not_take(
+    kind: str, params: dict[str, Any], reason: str
+) -> None:
+    run = parse_config({"optimizer": {"type": kind, "params": params}})
+    with pytest.raises(ConfigError, match=f"^optimizer.params: {kind} cannot .*{reason}.*; give"):
+        build_optimizer(run, [{"params": [torch.zeros(2, requires_grad=True)]}])
+
+
+@pytest.mark.parametrize(
+    ("params", "shown"),
+    [
+        ({"total_steps": 9}, r"total_steps = 9"),
+        ({"epochs": 3, "steps_per_epoch": 3}, r"epochs \* steps_per_epoch = 9"),
+    ],
+)
+def test_a_cycle_of_fewer_steps_than_the_budget(params: dict[str, int], shown: str) -> None:
+    run = parse_config({"scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1.0, **params}}})
+    with pytest.raises(ConfigError, match=rf"^scheduler\.params\.{shown}: the budget is 10 steps"):
+        build_scheduler(run, adam(), 10)
+    optimizer = adam()
+    rates(optimizer, build_scheduler(run, optimizer, 9), 9)
