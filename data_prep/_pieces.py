@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from data_prep._reading import (
     Document,
@@ -105,8 +104,8 @@ def _cut_parquet(source: Source, number: int, column: str, limits: Limits) -> It
         return
     size = _HUB_PIECE_BYTES if file.is_remote else PIECE_BYTES
     parts = min(row_groups, -(-file.size // size))
-    bounds = [row_groups * part // parts for part in range(parts + 1)]
-    for part, (start, stop) in enumerate(pairwise(bounds)):
+    for part in range(parts):  # none of a file without row groups
+        start, stop = (row_groups * edge // parts for edge in (part, part + 1))
         end = file.size * stop // row_groups
         yield Piece(file, number, part, column, row_groups=range(start, stop), end=end)
 

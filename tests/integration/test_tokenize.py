@@ -140,6 +140,19 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path, tokenizer_fo
     assert got == ["two", "three", "four", "one"]
 
 
+def test_a_parquet_file_without_rows_has_no_documents(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.ParquetWriter(tmp_path / "in" / "a.parquet", pa.schema([("text", pa.string())])).close()
+    assert pq.read_metadata(tmp_path / "in" / "a.parquet").num_row_groups == 0
+    assert tokenize(tmp_path / "in", tokenizer_folder, tmp_path / "none") == 2
+    assert "0 documents and no text" in capsys.readouterr().err
+    write_parquet(tmp_path / "in" / "b.parquet", ["one", "two"])
+    assert tokenize(tmp_path / "in", tokenizer_folder, tmp_path / "o", *ALL_TRAIN) == 0
+    assert train_texts(tmp_path / "o", tokenizer_folder) == ["one", "two"]
+
+
 def test_exact_duplicates_are_left_out(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_jsonl(tmp_path / "1.jsonl", ["a", "b", "a", "c"])
     write_jsonl(tmp_path / "2.jsonl", ["c", "d", "b", "B"])
