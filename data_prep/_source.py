@@ -112,6 +112,19 @@ def find_source(source: str, name: str | None, flag: str = "--source") -> Source
     return _find_on_hub(source, name, flag)
 
 
+def refuse_output_within(output: Path, source: str, flag: str = "--source") -> None:
+    """Raise ConfigError where a folder of text would hold ``--output``.
+
+    The next run over the folder would take the JSON files in it for text.
+    """
+    folder = Path(source)
+    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"--output {output}: lies within {flag} {source}, where its own files would be read as "
+            f"text by the next run; name a folder outside of it, or give {flag} as a glob"
+        )
+
+
 def _find_on_hub(source: str, name: str | None, flag: str) -> Source:
     from datasets import load_dataset_builder
     from huggingface_hub import HfFileSystem

@@ -41,7 +41,7 @@ from data_prep._corpus import SPLITS, GrowingCorpus, State, check_settings
 from data_prep._encoding import Encoder, encode_pieces
 from data_prep._estimate import estimate, unfinished_bytes
 from data_prep._pieces import PIECE_BYTES, Limits, Piece, cut
-from data_prep._source import Source, find_source
+from data_prep._source import Source, find_source, refuse_output_within
 from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import sha256_of
@@ -96,7 +96,7 @@ def manifest(arguments: argparse.Namespace, encoder: Encoder, state: State) -> d
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for a flag out of its range."""
+    """Raise ConfigError for a flag out of its range, or an output among the source."""
     if not 0.0 <= arguments.validation_fraction < 1.0:
         raise ConfigError(
             f"--validation_fraction {arguments.validation_fraction}: must be at least 0 and below 1"
@@ -105,6 +105,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} {value}: must be at least 1")
+    refuse_output_within(arguments.output, arguments.source)
 
 
 def is_complete(output: Path, settings: dict[str, Any]) -> bool:

@@ -35,7 +35,7 @@ from data_prep._reading import (
     read_records,
     read_rows,
 )
-from data_prep._source import Source, SourceFile, find_source
+from data_prep._source import Source, SourceFile, find_source, refuse_output_within
 from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
@@ -253,6 +253,8 @@ def build(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--sample_megabytes {arguments.sample_megabytes}: must be above 0, and finite"
             )
+        for name in arguments.input:
+            refuse_output_within(arguments.output, name, "--input")
         sources = [find_source(name, arguments.name, "--input") for name in arguments.input]
         limit = int(arguments.sample_megabytes * 1e6)
         training, held_out = sample_documents(sources, arguments.text_column, limit)

@@ -300,6 +300,27 @@ def test_wrong_input_is_one_line(
         assert not output.with_name("o.partial").exists()
 
 
+def test_an_output_within_the_source_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts(5))
+    (tmp_path / "link").symlink_to(folder)
+    for source, output in ((folder, folder / "o"), (folder, tmp_path / "link" / "sub" / "o")):
+        assert tokenize(source, tokenizer_folder, output) == 2
+        refused = f"--output {output}: lies within --source {source}, "
+        assert refused in capsys.readouterr().err.splitlines()[-1]
+        arguments = ["--input", str(source), "--vocab_size", "400", "--output", str(output)]
+        assert train_tokenizer.main(arguments) == 2
+        assert f"lies within --input {source}, " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
+    # A glob that does not match what is written can be read again.
+    for _ in range(2):
+        assert tokenize(folder / "*.jsonl", tokenizer_folder, folder / "o", *ALL_TRAIN) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
 def test_the_disk_is_checked_before_the_start(
     tmp_path: Path,
     tokenizer_folder: Path,
