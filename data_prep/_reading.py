@@ -24,6 +24,7 @@ from data_prep._source import Source, SourceFile
 
 _ROWS = 64  # read at a time: bounds memory whatever the size of a row group
 _BUFFER_BYTES = 1 << 20  # likewise
+_SHOWN_COLUMNS = 20  # in a message
 _HUB_BLOCK_BYTES = 32 << 20  # per request; the hub limits their number
 
 
@@ -31,6 +32,7 @@ class Unusable(Enum):
     """Why a row of a source is not a document; the value is its name in the manifest."""
 
     EMPTY = "empty"
+    NO_COLUMN = "no_column"
     NOT_TEXT = "not_text"
     INVALID_UNICODE = "invalid_unicode"
     MALFORMED = "malformed_json"
@@ -137,8 +139,10 @@ def _decoded(data: bytes | None) -> Document:
         return Unusable.INVALID_UNICODE
 
 
-def _no_column(column: str, names: Any) -> UnreadableFile:
-    return UnreadableFile(f"no column {column!r}, it has {', '.join(names)}; set --text_column")
+def _no_column(column: str, names: list[str]) -> UnreadableFile:
+    more = ", ..." if len(names) > _SHOWN_COLUMNS else ""
+    shown = ", ".join(names[:_SHOWN_COLUMNS]) + more
+    return UnreadableFile(f"no column {column!r}, it has {shown}; set --text_column")
 
 
 @contextmanager
@@ -165,18 +169,26 @@ def read_records(
     A line of JSON is a record; records of a .txt file are separated by blank lines.
 
     :param max_bytes: A longer record is not held in memory but reported as too long.
-    :raises UnreadableFile: The file breaks off, is corrupt, or its first object has no ``column``.
+    :raises UnreadableFile: The file breaks off or is corrupt, or, at its end, it has objects and
+        none with ``column``.
     :raises HubUnreachable: It is on the hub, which does not answer.
     """
 
     def read() -> Iterator[bytes | Unusable]:
         is_json = file.format == "json"
-        checked = not is_json
+        has_column = not is_json
+        others: dict[str, None] = {}  # the columns of objects without it, in order
         with _readable(file), _unpacked(source, file) as stream:
             for record in (_lines if is_json else _paragraphs)(stream, max_bytes):
-                if not checked and isinstance(record, bytes):
-                    checked = _check_object(record, column)
+                if not has_column and isinstance(record, bytes):
+                    row = _parse(record)
+                    if isinstance(row, dict):
+                        has_column = column in row
+                        if len(others) <= _SHOWN_COLUMNS:
+                            others |= dict.fromkeys(row)
                 yield record
+        if others and not has_column:
+            raise _no_column(column, list(others))
 
     return patiently(read, file.path)
 
@@ -206,16 +218,6 @@ def _paragraphs(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | Unusable]
         yield b"".join(lines).rstrip(b"\r\n") if size <= max_bytes else Unusable.TOO_LONG
 
 
-def _check_object(record: bytes, column: str) -> bool:
-    """Return whether the record is an object; UnreadableFile if it is one without ``column``."""
-    row = _parse(record)
-    if not isinstance(row, dict):
-        return False
-    if column not in row:
-        raise _no_column(column, sorted(row))
-    return True
-
-
 def _parse(record: bytes) -> Any:
     try:
         return json.loads(record)
@@ -236,7 +238,9 @@ def decode_record(record: bytes | Unusable, file: SourceFile, column: str) -> Do
         return row
     if not isinstance(row, dict):
         return Unusable.MALFORMED
-    text = row.get(column)
+    if column not in row:
+        return Unusable.NO_COLUMN
+    text = row[column]
     if text is None:
         return Unusable.EMPTY
     return text if isinstance(text, str) else Unusable.NOT_TEXT

@@ -91,9 +91,10 @@ def test_what_is_no_text_is_counted(tmp_path: Path, tokenizer_folder: Path) -> N
     assert train_texts(output, tokenizer_folder) == ["first", "last", "no newline"]
     described = manifest(output)
     assert described["dropped"] == {
-        "empty": 4,
+        "empty": 3,
         "invalid_unicode": 2,
         "malformed_json": 3,
+        "no_column": 1,
         "not_text": 1,
         "too_long": 1,
     }
@@ -236,7 +237,7 @@ def truncated_gzip(path: Path) -> None:
         ("cut.jsonl.gz", truncated_gzip, 1500),
         ("page.jsonl.gz", lambda path: path.write_text("<html>503</html>"), 0),
         ("page.jsonl.zst", lambda path: path.write_text("<html>503</html>"), 0),
-        ("columns.jsonl", lambda path: path.write_text('{"body": "x"}\n{"text": "y"}'), 0),
+        ("columns.jsonl", lambda path: path.write_text('{"body": "x"}\n{"id": "y"}'), 0),
         ("numbers.parquet", lambda path: pq.write_table(pa.table({"text": [1]}), path), 0),
     ],
 )

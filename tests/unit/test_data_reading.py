@@ -1,0 +1,61 @@
+"""The records of JSON lines and text files: what is kept of rows and files that are not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep._reading import Document, UnreadableFile, Unusable, decode_record, read_records
+from data_prep._source import find_source
+
+
+def read(path: Path, column: str = "text") -> tuple[list[Document], str | None]:
+    """The documents of a file, and why it could not be read to its end."""
+    source = find_source(str(path), None)
+    [file] = source.files
+    documents: list[Document] = []
+    try:
+        for record in read_records(source, file, column, 1000):
+            documents.append(decode_record(record, file, column))
+    except UnreadableFile as error:
+        return documents, str(error)
+    return documents, None
+
+
+def rows(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_a_row_without_the_column_is_left_out_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(rows({"id": 1}, [], {"text": "one"}, {"id": 2}, {"text": None}))
+    missing = Unusable.NO_COLUMN
+    expected = [missing, Unusable.MALFORMED, "one", missing, Unusable.EMPTY]
+    assert read(path) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        (rows({"id": 1, "body": "x"}, {"url": 3, "id": 4}), "id, body, url;"),
+        (rows({f"k{i}": i for i in range(60)}, {"z": 0}), "k18, k19, ...;"),
+    ],
+)
+def test_a_file_of_other_columns_is_an_error_that_names_them(
+    tmp_path: Path, written: str, named: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(written)
+    documents, failure = read(path)
+    assert documents == [Unusable.NO_COLUMN] * 2
+    assert failure is not None
+    assert failure.startswith("no column 'text', it has ")
+    assert named in failure
+
+
+def test_a_file_without_objects_has_no_columns_to_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("x\n")
+    assert read(path) == ([Unusable.MALFORMED], None)
