@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from data_prep._source import Source, SourceFile
 
 _ROWS = 64  # read at a time: bounds memory whatever the size of a row group
 _BUFFER_BYTES = 1 << 20  # likewise
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")  # how an array of objects begins
 _SHOWN_COLUMNS = 20  # in a message
 _HUB_BLOCK_BYTES = 32 << 20  # per request; the hub limits their number
 
@@ -146,7 +148,7 @@ def _no_column(column: str, names: list[str]) -> UnreadableFile:
 
 
 @contextmanager
-def _unpacked(source: Source, file: SourceFile) -> Iterator[IO[bytes]]:
+def _unpacked(source: Source, file: SourceFile) -> Iterator[io.BufferedReader]:
     import pyarrow as pa
 
     with _raw(source, file) as raw:
@@ -169,8 +171,8 @@ def read_records(
     A line of JSON is a record; records of a .txt file are separated by blank lines.
 
     :param max_bytes: A longer record is not held in memory but reported as too long.
-    :raises UnreadableFile: The file breaks off or is corrupt, or, at its end, it has objects and
-        none with ``column``.
+    :raises UnreadableFile: The file breaks off, is corrupt or one array of objects, or, at its end,
+        it has objects and none with ``column``.
     :raises HubUnreachable: It is on the hub, which does not answer.
     """
 
@@ -179,6 +181,8 @@ def read_records(
         has_column = not is_json
         others: dict[str, None] = {}  # the columns of objects without it, in order
         with _readable(file), _unpacked(source, file) as stream:
+            if is_json:
+                _refuse_array(stream)
             for record in (_lines if is_json else _paragraphs)(stream, max_bytes):
                 if not has_column and isinstance(record, bytes):
                     row = _parse(record)
@@ -191,6 +195,14 @@ def read_records(
             raise _no_column(column, list(others))
 
     return patiently(read, file.path)
+
+
+def _refuse_array(stream: io.BufferedReader) -> None:
+    if _ARRAY.match(stream.peek()):
+        raise UnreadableFile(
+            "one JSON array, not JSON lines (one object a line); convert it with "
+            "`jq -c '.[]' array.json > lines.jsonl`"
+        )
 
 
 def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | Unusable]:

@@ -238,6 +238,7 @@ def truncated_gzip(path: Path) -> None:
         ("page.jsonl.gz", lambda path: path.write_text("<html>503</html>"), 0),
         ("page.jsonl.zst", lambda path: path.write_text("<html>503</html>"), 0),
         ("columns.jsonl", lambda path: path.write_text('{"body": "x"}\n{"id": "y"}'), 0),
+        ("array.json", lambda path: path.write_text('[{"text": "x"}, {"text": "y"}]'), 0),
         ("numbers.parquet", lambda path: pq.write_table(pa.table({"text": [1]}), path), 0),
     ],
 )

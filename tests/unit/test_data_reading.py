@@ -55,6 +55,18 @@ def test_a_file_of_other_columns_is_an_error_that_names_them(
     assert named in failure
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_not_json_lines(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    for count in (2, 100):  # the latter is longer than a record may be
+        path.write_text(json.dumps([{"text": "x" * 20}] * count, indent=indent))
+        documents, failure = read(path)
+        assert documents == []
+        assert failure is not None
+        assert "one JSON array, not JSON lines" in failure
+        assert "`jq -c '.[]' " in failure
+
+
 def test_a_file_without_objects_has_no_columns_to_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("x\n")
