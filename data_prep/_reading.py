@@ -26,6 +26,7 @@ from data_prep._source import Source, SourceFile
 _ROWS = 64  # read at a time: bounds memory whatever the size of a row group
 _BUFFER_BYTES = 1 << 20  # likewise
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")  # how an array of objects begins
+_ZSTD_BYTES = 4 << 10  # unpacked at a time: what is lost at most where a file breaks off
 _SHOWN_COLUMNS = 20  # in a message
 _HUB_BLOCK_BYTES = 32 << 20  # per request; the hub limits their number
 
@@ -58,7 +59,8 @@ def _readable(file: SourceFile) -> Iterator[None]:
     except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
         if file.is_remote and is_transient(error):
             raise
-        raise UnreadableFile(f"cannot be read as {file.format}: {one_line(error)}") from error
+        kind = f"{file.format}, {file.compression}" if file.compression else file.format
+        raise UnreadableFile(f"cannot be read as {kind}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -147,6 +149,25 @@ def _no_column(column: str, names: list[str]) -> UnreadableFile:
     return UnreadableFile(f"no column {column!r}, it has {shown}; set --text_column")
 
 
+class _Unpacking(io.RawIOBase):
+    """What a decompressor gives, passed on at once: all that comes before the break of a file.
+
+    A buffer that fills itself with it would lose what it holds when the break raises.
+    """
+
+    def __init__(self, stream: Any, size: int) -> None:
+        self._stream = stream
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read1(min(len(buffer), self._size))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def _unpacked(source: Source, file: SourceFile) -> Iterator[io.BufferedReader]:
     import pyarrow as pa
@@ -154,11 +175,11 @@ def _unpacked(source: Source, file: SourceFile) -> Iterator[io.BufferedReader]:
     with _raw(source, file) as raw:
         if file.compression == "gzip":
             with gzip.open(raw) as unzipped:
-                yield io.BufferedReader(unzipped, _BUFFER_BYTES)
+                yield io.BufferedReader(_Unpacking(unzipped, _BUFFER_BYTES), _BUFFER_BYTES)
         elif file.compression == "zstd":
             # pyarrow's, because fsspec knows zstd only where a package for it is installed.
             with pa.CompressedInputStream(raw, "zstd") as stream:
-                yield io.BufferedReader(stream, _BUFFER_BYTES)
+                yield io.BufferedReader(_Unpacking(stream, _ZSTD_BYTES), _BUFFER_BYTES)
         else:
             yield io.BufferedReader(raw, _BUFFER_BYTES)
 

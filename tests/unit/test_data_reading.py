@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from data_prep._reading import Document, UnreadableFile, Unusable, decode_record, read_records
@@ -65,6 +68,36 @@ def test_an_array_is_not_json_lines(tmp_path: Path, indent: int | None) -> None:
         assert failure is not None
         assert "one JSON array, not JSON lines" in failure
         assert "`jq -c '.[]' " in failure
+
+
+def packed(path: Path, data: bytes) -> int:
+    """Write ``data`` as the suffix says; returns how many bytes that takes."""
+    if path.suffix == ".gz":
+        return path.write_bytes(gzip.compress(data))
+    with pa.CompressedOutputStream(str(path), "zstd") as stream:
+        stream.write(data)
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("count", [3, 6000])
+def test_what_comes_before_the_break_of_a_packed_file_is_kept(
+    tmp_path: Path, suffix: str, count: int
+) -> None:
+    """Here little more than a checksum is missing."""
+    path = tmp_path / f"a.jsonl.{suffix}"
+    texts = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
+    size = packed(path, rows(*({"text": text} for text in texts)).encode())
+    assert read(path) == (texts, None)
+    with path.open("r+b") as stream:
+        stream.truncate(size - 5)
+    documents, failure = read(path)
+    assert documents == texts[: len(documents)]
+    lost = (count - len(documents)) * len(rows({"text": texts[0]}))
+    # zstd unpacks blocks of 128 KiB, the last of which is cut.
+    assert lost <= (0 if suffix == "gz" else 128 << 10)
+    assert failure is not None
+    assert failure.startswith(f"cannot be read as json, {'gzip' if suffix == 'gz' else 'zstd'}: ")
 
 
 def test_a_file_without_objects_has_no_columns_to_name(tmp_path: Path) -> None:
