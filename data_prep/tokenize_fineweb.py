@@ -250,11 +250,21 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def no_text(arguments: argparse.Namespace, state: State) -> ConfigError:
-    """Return the error for a source without any text."""
-    reason = f"{state.read} documents and no text in column {arguments.text_column!r}"
-    if state.failed_files:
-        reason = "{file}: {error}".format(**state.failed_files[0])
-    return ConfigError(f"--source {arguments.source}: {reason}; check the files and --text_column")
+    """Return the error for a source without any text, with what there is instead."""
+    reasons = [left_out(state)] if state.dropped else []
+    reasons += ["{file}: {error}".format(**failed) for failed in state.failed_files[:3]]
+    if len(state.failed_files) > 3:
+        reasons.append(f"and {len(state.failed_files) - 3} more files")
+    return ConfigError(
+        f"--source {arguments.source}: {state.read} documents and no text in column "
+        f"{arguments.text_column!r}: {'; '.join(reasons) or 'the files are empty'}; check the "
+        "files and --text_column"
+    )
+
+
+def left_out(state: State) -> str:
+    """Return how many rows were left out for which reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
 
 
 def report(output: Path, state: State) -> None:
@@ -264,7 +274,7 @@ def report(output: Path, state: State) -> None:
         if not counts.documents:
             print(f"tokenize_fineweb: warning: the {split} split is empty", file=sys.stderr)
     if state.dropped:
-        print(f"{output}: left out: " + ", ".join(f"{n} {r}" for r, n in state.dropped.items()))
+        print(f"{output}: left out: {left_out(state)}")
     if state.failed_files:
         listed = "; ".join(f"{failed['file']}: {failed['error']}" for failed in state.failed_files)
         raise OSError(

@@ -302,6 +302,25 @@ def test_wrong_input_is_one_line(
         assert not output.with_name("o.partial").exists()
 
 
+def test_a_source_without_text_says_what_it_has(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(
+        '{"text": ""}\n{"text": 1}\n{"text": " "}\n{"id": 1}\nx'
+    )
+    (tmp_path / "in" / "b.parquet").touch()
+    assert tokenize(tmp_path / "in", tokenizer_folder, tmp_path / "o") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "5 documents and no text in column 'text': " in line
+    for reason in ("2 empty", "1 not_text", "1 no_column", "1 malformed_json"):
+        assert reason in line
+    assert "b.parquet: cannot be read as parquet" in line
+    (tmp_path / "empty.jsonl").touch()
+    assert tokenize(tmp_path / "empty.jsonl", tokenizer_folder, tmp_path / "o") == 2
+    assert "0 documents and no text in column 'text': the files are" in capsys.readouterr().err
+
+
 def test_an_output_within_the_source_is_refused(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
