@@ -25,7 +25,7 @@ from data_prep._pieces import Limits, Piece
 from data_prep._reading import Document, UnreadableFile, Unusable
 from data_prep._seen import HASH, hash_text
 from data_prep._source import Source
-from data_prep._tokenizer import encode_with_backend, load_tokenizer
+from data_prep._tokenizer import encode_with_backend, load_tokenizer, vocabulary_size
 from sdp_llm.data.indexed import best_dtype
 from sdp_llm.errors import ConfigError
 
@@ -58,7 +58,7 @@ class Encoder:
                 f"--tokenizer {tokenizer_folder}: has no eos token, which separates documents"
             )
         self.eos_id = int(tokenizer.eos_token_id)
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = best_dtype(self.vocab_size)
         self._backend = tokenizer.backend_tokenizer
 

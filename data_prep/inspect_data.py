@@ -23,7 +23,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 from data_prep._common import Progress, run_script
-from data_prep._tokenizer import load_tokenizer
+from data_prep._tokenizer import load_tokenizer, vocabulary_size
 from data_prep._verify import (
     MANIFEST,
     SUFFIX,
@@ -163,15 +163,15 @@ def print_documents(data: IndexedDataset, count: int, tokenizer: Any) -> list[st
 
     :returns: What is wrong with those that cannot be decoded.
     """
-    wrong, lengths = [], data.document_lengths()
+    wrong, lengths, size = [], data.document_lengths(), vocabulary_size(tokenizer)
     chosen = np.linspace(0, data.num_documents - 1, min(count, data.num_documents)).astype(int)
     for index in chosen.tolist():
         start, length = int(lengths[:index].sum()), int(lengths[index])
         ids = data.tokens(start, start + min(length, _EXCERPT))  # not all: it may be the whole file
-        if ids.size and not 0 <= ids.min() <= ids.max() < len(tokenizer):
+        if ids.size and not 0 <= ids.min() <= ids.max() < size:
             wrong.append(
                 f"{data.prefix}.bin: document {index} has ids from {ids.min()} to {ids.max()}, the "
-                f"tokenizer has {len(tokenizer)}: damaged, or made with another tokenizer"
+                f"tokenizer has {size}: damaged, or made with another tokenizer"
             )
             continue
         text = tokenizer.decode(ids.tolist())

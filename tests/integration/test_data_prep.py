@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from data_prep import tokenize_fineweb, train_tokenizer
+from data_prep import inspect_data, tokenize_fineweb, train_tokenizer
 from data_prep._common import new_folder
 from data_prep._encoding import Encoder
 from data_prep._pieces import Limits
 from data_prep._tokenizer import encode_plain
 from sdp_llm.errors import ConfigError
 from tests.integration.conftest import execute
-from tests.integration.corpora import HARD, decoded, script, texts, write_jsonl
+from tests.integration.corpora import HARD, decoded, manifest, script, texts, tokenize, write_jsonl
 
 
 def test_the_scripts_from_python_to_tokens(tmp_path: Path) -> None:
@@ -94,6 +95,36 @@ def test_a_worker_gets_the_tokenizer_without_transformers(
     )
     done = execute(sys.executable, "-c", code, tmp_path / "encoder")
     assert done.stdout == "True []\n", done.output
+
+
+@pytest.mark.parametrize("largest", [500, 70_000, 2**31])
+def test_ids_with_gaps(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], largest: int
+) -> None:
+    """A piece that every text has gets an id beyond the number of pieces."""
+    folder, output = tmp_path / "t", tmp_path / "o"
+    shutil.copytree(tokenizer_folder, folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    moved = Encoder(folder, Limits(1000)).encode(texts(1))[-1][0]
+    [piece] = [piece for piece, number in vocabulary.items() if number == moved]
+    vocabulary[piece] = largest
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    source = write_jsonl(tmp_path / "in.jsonl", texts(9))
+    status = tokenize(source, folder, output, "--validation_fraction", 0)
+    if largest == 2**31:
+        assert status == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"--tokenizer {folder}: gives {piece!r} the id 2147483648, " in line
+        return
+    assert status == 0
+    assert manifest(output)["tokenizer"]["vocab_size"] == largest + 1
+    assert manifest(output)["splits"]["train"]["largest_id"] == largest
+    expected = [train_tokenizer.decoded_form(text) for text in texts(9)]
+    assert decoded(output / "train_text_document", folder) == expected
+    capsys.readouterr()
+    assert inspect_data.main([str(output)]) == 0
+    assert "damaged" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "message"), [(90_000, "yields at most"), (100, "bytes and")])
