@@ -9,12 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdp_llm.cli import run_command, say_error
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import sync
+
+_MARK = ".data_prep"  # the file that tells a folder of the scripts from anybody else's
 
 
 def note(message: str) -> None:
@@ -102,20 +104,50 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def is_own(partial: Path) -> bool:
+    """Return whether a data script made this folder, so that it may be continued or removed.
+
+    An empty one counts as well: a run may have been killed before it could mark it.
+    """
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return (partial / _MARK).is_file() or not any(partial.iterdir())
+
+
+def remove_own(partial: Path) -> None:
+    """Remove a folder that ``is_own``, which it stays wherever this is killed."""
+    _clear(partial)
+    shutil.rmtree(partial)
+
+
+def _clear(partial: Path) -> None:
+    for entry in partial.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _MARK:
+            entry.unlink()
+
+
 @contextmanager
 def locked_folder(output: Path) -> Iterator[Path]:
     """Yield OUTPUT.partial, made if need be and held by this process alone.
 
-    :raises ConfigError: Another run holds it, or it cannot be written.
+    :raises ConfigError: Another run holds it, it is somebody else's, or it cannot be written.
     """
     partial = partial_of(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / ".writable").touch()
-        (partial / ".writable").unlink()
+        if not is_own(partial):
+            raise ConfigError(
+                f"--output {output}: it is made in {partial}, which is there and not from this "
+                "script; rename that, or choose another --output"
+            )
+        (partial / _MARK).touch()
         handle = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"--output {output}: cannot be written: {partial}: {error.strerror}"
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,32 +159,25 @@ def locked_folder(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yield OUTPUT.partial to write into; it becomes OUTPUT when the block ends well.
+def new_output(output: Path) -> Iterator[Path]:
+    """Yield a path to make a file or a folder at; it becomes OUTPUT when the block ends well.
 
-    When the block raises, the partial folder is removed. What a killed run left is cleared.
+    It lies in OUTPUT.partial, which is removed at the end. What a killed run left is cleared.
 
     :raises ConfigError: OUTPUT exists, is being written by another run, or cannot be written.
     """
     refuse_existing(output)
     with locked_folder(output) as partial:
+        made = partial / "complete"
         try:
             _clear(partial)
-            yield partial
-            sync_tree(partial)
+            yield made
+            sync_tree(made)
             refuse_existing(output)
-            partial.rename(output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+            made.rename(output)
+        finally:
+            with suppress(OSError):  # what went wrong before, or right, is worth more
+                remove_own(partial)
 
 
 def sync_tree(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep._common import refuse_existing, sync_tree
+from data_prep._common import refuse_existing, remove_own, sync_tree
 from data_prep._encoding import EncodedPiece
 from data_prep._seen import HASH, SeenTexts, in_validation
 from sdp_llm.data.indexed import write_index
@@ -244,7 +244,7 @@ class GrowingCorpus:
         sync_tree(self.complete)
         refuse_existing(output)
         self.complete.rename(output)
-        shutil.rmtree(self.folder)
+        remove_own(self.folder)
 
 
 def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data_prep._common import Progress, refuse_existing, run_script
+from data_prep._common import Progress, new_output, run_script
 from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 
@@ -137,22 +137,15 @@ def write_corpus(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.max_megabytes < math.inf:
         raise ConfigError(f"--max_megabytes {arguments.max_megabytes}: must be above 0, and finite")
     output: Path = arguments.output
-    refuse_existing(output)
-    partial = output.with_name(output.name + ".partial")
     progress = Progress("python_corpus")
     count = size = 0
     warnings.simplefilter("ignore")  # invalid escapes in other people's code
     gc.disable()  # syntax trees hold no cycles; collecting them takes half of the time
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
+        with new_output(output) as made, made.open("w", encoding="utf-8") as stream:
             for document in documents(int(arguments.max_megabytes * 1e6), progress):
                 stream.write(json.dumps(document, ensure_ascii=False) + "\n")
                 count, size = count + 1, size + len(document["text"].encode())
-        partial.rename(output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     finally:
         gc.enable()
     progress.update(f"done in {progress.seconds:.0f} s", last=True)

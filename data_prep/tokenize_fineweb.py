@@ -31,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from data_prep._common import (
     Progress,
     format_size,
+    is_own,
     locked_folder,
     note,
     partial_of,
     refuse_existing,
+    remove_own,
     run_script,
 )
 from data_prep._corpus import SPLITS, GrowingCorpus, State, check_settings
@@ -222,8 +224,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     settings = output_settings(arguments, encoder, source)
     output: Path = arguments.output
     if output.exists() and is_complete(output, settings):
-        # What a run leaves that is killed after its last action.
-        shutil.rmtree(partial_of(output), ignore_errors=True)
+        if is_own(partial_of(output)):  # from a run that was killed after its last action
+            remove_own(partial_of(output))
         print(f"{output}: complete already")
         return
     with locked_folder(output) as folder:
@@ -240,7 +242,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         except BaseException as error:
             if not corpus.state.tokens:
                 corpus.close()
-                shutil.rmtree(folder)
+                remove_own(folder)
             elif isinstance(error, (OSError, KeyboardInterrupt)):
                 with suppress(OSError):  # a full disk; the pieces are there even so
                     corpus.save()

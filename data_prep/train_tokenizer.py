@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data_prep._common import Progress, new_folder, refuse_existing, run_script
+from data_prep._common import Progress, new_output, refuse_existing, run_script
 from data_prep._reading import (
     Document,
     UnreadableFile,
@@ -259,7 +259,7 @@ def build(arguments: argparse.Namespace) -> None:
         limit = int(arguments.sample_megabytes * 1e6)
         training, held_out = sample_documents(sources, arguments.text_column, limit)
         model = train_sentencepiece(training, arguments.vocab_size)
-    with new_folder(arguments.output) as folder:
+    with new_output(arguments.output) as folder:
         try:
             tokenizer = to_transformers(model)
         except RuntimeError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data_prep import inspect_data, tokenize_fineweb, train_tokenizer
-from data_prep._common import new_folder
+from data_prep import inspect_data, python_corpus, tokenize_fineweb, train_tokenizer
+from data_prep._common import new_output
 from data_prep._encoding import Encoder
 from data_prep._pieces import Limits
 from data_prep._tokenizer import encode_plain
@@ -141,12 +141,54 @@ def test_an_impossible_vocabulary_is_one_line(
 
 
 def test_an_output_appears_complete_or_not_at_all(tmp_path: Path) -> None:
-    output = tmp_path / "o"
-    (tmp_path / "o.partial").mkdir()
-    (tmp_path / "o.partial" / "left.by.a.killed.run").touch()
-    with new_folder(output) as folder:
-        (folder / "x").touch()
+    output, kept = tmp_path / "o", tmp_path / "kept"
+    with new_output(output) as made:
+        made.mkdir()
+        (made / "left.by.a.killed.run").touch()
+        shutil.copytree(made.parent, kept)
+        shutil.rmtree(made)
+        made.touch()
+    assert output.is_file()
+    output.unlink()
+    kept.rename(tmp_path / "o.partial")
+    with new_output(output) as made:
+        made.mkdir()
+        (made / "x").touch()
         assert not output.exists()
-        with pytest.raises(ConfigError, match="another run"), new_folder(output):
+        with pytest.raises(ConfigError, match="another run"), new_output(output):
             pass
     assert [path.name for path in output.iterdir()] == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_a_person_calls_partial_is_left_alone(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", texts(300)), tmp_path / "o"
+    partial, precious = tmp_path / "o.partial", tmp_path / "o.partial" / "pieces" / "precious"
+    if kind == "file":
+        precious = partial
+    elif kind == "link":
+        partial.symlink_to(tmp_path / "elsewhere")
+    precious.parent.resolve().mkdir(parents=True, exist_ok=True)
+    precious.write_text("mine")
+    output_is = ["--output", str(output)]
+    size = ["--vocab_size", "400"]
+    for status in (
+        tokenize(source, tokenizer_folder, output),
+        train_tokenizer.main(["--input", str(source), *size, *output_is]),
+        python_corpus.main(["--max_megabytes", "0.1", *output_is]),
+    ):
+        assert status == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 3
+    for line in errors:
+        assert f"--output {output}: " in line
+        assert str(partial) in line
+    # Nor is it taken for what a killed run left beside its output.
+    assert tokenize(source, tokenizer_folder, tmp_path / "elsewhere.o") == 0
+    (tmp_path / "elsewhere.o").rename(output)
+    assert tokenize(source, tokenizer_folder, output) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert precious.read_text() == "mine"

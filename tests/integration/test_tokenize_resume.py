@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_any_state(
     monkeypatch.setattr(_encoding, "encode_piece", encode_or_die)
     monkeypatch.setattr(_corpus.GrowingCorpus, "save", save_or_not)
     monkeypatch.setattr(_corpus, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(tokenize_fineweb.shutil, "rmtree", lambda path: None)
+    monkeypatch.setattr(tokenize_fineweb, "remove_own", lambda path: None)
     with pytest.raises(Killed):
         tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT)
     monkeypatch.undo()
@@ -109,7 +109,7 @@ def test_the_disk_holds_the_output_and_what_is_under_way(
     assert most == 1  # a single process has one piece under way
 
 
-@pytest.mark.parametrize("action", ["write_index", "sync_tree", "rmtree"])
+@pytest.mark.parametrize("action", ["write_index", "sync_tree", "remove_own"])
 def test_a_run_ends_from_any_state(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
@@ -120,8 +120,8 @@ def test_a_run_ends_from_any_state(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize_fineweb.shutil, "rmtree", lambda path: None)
-        patched.setattr(_corpus if action != "rmtree" else _corpus.shutil, action, die)
+        patched.setattr(tokenize_fineweb, "remove_own", lambda path: None)
+        patched.setattr(_corpus, action, die)
         with pytest.raises(Killed):
             tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT)
     assert tokenize(source, tokenizer_folder, tmp_path / "o", *SPLIT) == 0
@@ -280,6 +280,7 @@ def test_a_state_beyond_its_files_is_an_error(
     assert tokenize(source, tokenizer_folder, output) == 0
     described = manifest(output)
     (tmp_path / "o.partial" / "complete").mkdir(parents=True)
+    (tmp_path / "o.partial" / ".data_prep").touch()
     state = {key: described[key] for key in ("settings", "dropped", "failed_files", "splits")}
     state |= {"read": described["documents_read"], "file_number": 0, "part": 1}
     (tmp_path / "o.partial" / "state.json").write_text(json.dumps(state))
