@@ -129,10 +129,22 @@ def _clear(partial: Path) -> None:
 
 
 @contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Name ``folder`` in the error of a write: that of a full disk does not say where it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
+@contextmanager
 def locked_folder(output: Path) -> Iterator[Path]:
     """Yield OUTPUT.partial, made if need be and held by this process alone.
 
     :raises ConfigError: Another run holds it, it is somebody else's, or it cannot be written.
+    :raises OSError: The block does; with a path, where the error comes from the disk.
     """
     partial = partial_of(output)
     try:
@@ -153,7 +165,8 @@ def locked_folder(output: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"--output {output}: another run is writing {partial}") from error
-        yield partial
+        with _naming(partial):
+            yield partial
     finally:
         os.close(handle)
 

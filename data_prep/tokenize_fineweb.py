@@ -223,7 +223,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     source = find_source(arguments.source, arguments.name)
     settings = output_settings(arguments, encoder, source)
     output: Path = arguments.output
-    if output.exists() and is_complete(output, settings):
+    if os.path.lexists(output) and is_complete(output, settings):
         if is_own(partial_of(output)):  # from a run that was killed after its last action
             remove_own(partial_of(output))
         print(f"{output}: complete already")

@@ -238,6 +238,16 @@ def _check_conversion(model: bytes, tokenizer: Any) -> None:
         raise ConfigError("--from_model: not a BPE model without normalisation; LLaMA's kind is")
 
 
+def _save(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # What the tokenizers library makes of a full disk.
+        raise OSError(f"{folder} cannot be written: {error}") from error
+
+
 def build(arguments: argparse.Namespace) -> None:
     """Write the tokenizer folder ``--output``, complete or not at all."""
     refuse_existing(arguments.output)
@@ -264,7 +274,7 @@ def build(arguments: argparse.Namespace) -> None:
             tokenizer = to_transformers(model)
         except RuntimeError as error:
             raise ConfigError(f"--from_model: not a sentencepiece model: {error}") from error
-        tokenizer.save_pretrained(str(folder))
+        _save(tokenizer, folder)
         (folder / "tokenizer.model").write_bytes(model)
         tokenizer = check_tokenizer(folder, held_out)
         if arguments.from_model is not None:

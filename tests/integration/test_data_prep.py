@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import resource
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -192,3 +196,35 @@ def test_what_a_person_calls_partial_is_left_alone(
     assert tokenize(source, tokenizer_folder, output) == 0
     assert "complete already" in capsys.readouterr().out
     assert precious.read_text() == "mine"
+
+
+@contextmanager
+def no_files_above(size: int) -> Iterator[None]:
+    """Writing fails beyond ``size`` bytes of a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_line_that_says_where(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", texts(300)), tmp_path / "o"
+    source_is, output_is = ["--input", str(source)], ["--output", str(output)]
+    for run in (
+        lambda: tokenize(source, tokenizer_folder, output),
+        lambda: train_tokenizer.main([*source_is, "--vocab_size", "400", *output_is]),
+        lambda: python_corpus.main(["--max_megabytes", "0.1", *output_is]),
+    ):
+        with no_files_above(3000):
+            assert run() == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1
+        assert "File too large" in errors[0]
+        assert f"{output}.partial" in errors[0]
+        assert not list(tmp_path.glob("o*"))

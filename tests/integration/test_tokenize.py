@@ -360,6 +360,19 @@ def test_the_disk_is_checked_before_the_start(
     assert not list(tmp_path.glob("o*"))
 
 
+def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", texts(5)), tmp_path / "o"
+    output.symlink_to(tmp_path / "none")
+    assert tokenize(source, tokenizer_folder, output) == 2
+    captured = capsys.readouterr()
+    [error] = captured.err.splitlines()
+    assert f"--output {output}: exists and is not overwritten" in error
+    assert captured.out == ""
+    assert not (tmp_path / "o.partial").exists()
+
+
 def test_the_estimate_is_close(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
