@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -91,6 +91,11 @@ def format_size(size: float) -> str:
         size /= 1000
         units.pop(0)
     return f"{size:.3g} {units[0]}"
+
+
+def left_out(dropped: Mapping[str, int]) -> str:
+    """Return how many rows were left out for which reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
 def refuse_existing(path: Path) -> None:

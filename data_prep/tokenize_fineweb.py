@@ -32,6 +32,7 @@ from data_prep._common import (
     Progress,
     format_size,
     is_own,
+    left_out,
     locked_folder,
     note,
     partial_of,
@@ -253,7 +254,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 def no_text(arguments: argparse.Namespace, state: State) -> ConfigError:
     """Return the error for a source without any text, with what there is instead."""
-    reasons = [left_out(state)] if state.dropped else []
+    reasons = [left_out(state.dropped)] if state.dropped else []
     reasons += ["{file}: {error}".format(**failed) for failed in state.failed_files[:3]]
     if len(state.failed_files) > 3:
         reasons.append(f"and {len(state.failed_files) - 3} more files")
@@ -264,11 +265,6 @@ def no_text(arguments: argparse.Namespace, state: State) -> ConfigError:
     )
 
 
-def left_out(state: State) -> str:
-    """Return how many rows were left out for which reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
-
-
 def report(output: Path, state: State) -> None:
     """Print what the corpus holds; raise OSError if files could not be read whole."""
     for split, counts in state.splits.items():
@@ -276,7 +272,7 @@ def report(output: Path, state: State) -> None:
         if not counts.documents:
             print(f"tokenize_fineweb: warning: the {split} split is empty", file=sys.stderr)
     if state.dropped:
-        print(f"{output}: left out: {left_out(state)}")
+        print(f"{output}: left out: {left_out(state.dropped)}")
     if state.failed_files:
         listed = "; ".join(f"{failed['file']}: {failed['error']}" for failed in state.failed_files)
         raise OSError(

@@ -19,6 +19,7 @@ import math
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data_prep._common import Progress, new_output, refuse_existing, run_script
+from data_prep._common import Progress, left_out, new_output, note, refuse_existing, run_script
+from data_prep._pieces import Limits
 from data_prep._reading import (
     Document,
     UnreadableFile,
+    Unusable,
     decode_record,
     read_footer,
     read_records,
@@ -40,7 +43,8 @@ from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.cli import Parser
 from sdp_llm.errors import ConfigError
 
-_MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out
+_MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out, without a word
+_MAX_RECORD = Limits(text_bytes=8_000_000).record_bytes  # as much as is tokenized by default
 _HELD_OUT_ONE_IN = 50  # documents kept from training for the round trip
 _HELD_OUT_BYTES = 1_000_000
 _PROBES = [
@@ -58,7 +62,7 @@ def read_spread(source: Source, file: SourceFile, column: str) -> Iterator[Docum
     :raises UnreadableFile: The file is corrupt or has no such column.
     """
     if file.format != "parquet":
-        for record in read_records(source, file, column, _MAX_LINE):
+        for record in read_records(source, file, column, _MAX_RECORD):
             yield decode_record(record, file, column)
         return
     row_groups = range(read_footer(source, file, column).row_groups)
@@ -80,11 +84,12 @@ def sample_documents(
     training: list[str] = []
     held_out: list[str] = []
     progress = Progress("train_tokenizer")
+    dropped: Counter[str] = Counter()
     total = held_bytes = 0
     files = [(source, file) for source in sources for file in source.files]
     for position, (source, file) in enumerate(files):
         limit = total + (max_bytes - total) // (len(files) - position)
-        for text in _texts(source, file, text_column):
+        for text in _texts(source, file, text_column, dropped):
             data = text.encode("utf-8", "replace")
             digest = hashlib.blake2b(data, digest_size=8).digest()
             if int.from_bytes(digest, "little") % _HELD_OUT_ONE_IN == 0:
@@ -98,20 +103,36 @@ def sample_documents(
             if total >= limit:
                 break
     if not training:
-        raise ConfigError(f"--input: no text in {', '.join(file.path for _, file in files)}")
+        reason = f"; left out: {left_out(dropped)}" if dropped else ""
+        raise ConfigError(f"--input: no text in {', '.join(f.path for _, f in files)}{reason}")
+    if dropped:
+        note(f"train_tokenizer: left out: {left_out(dropped)}")
     if not held_out:  # a handful of documents: the last one is better than no check
         held_out.append(training.pop() if len(training) > 1 else training[0])
     progress.update(f"read {len(training)} documents, {total / 1e6:.1f} MB", last=True)
     return training, held_out
 
 
-def _texts(source: Source, file: SourceFile, column: str) -> Iterator[str]:
+def _texts(source: Source, file: SourceFile, column: str, dropped: Counter[str]) -> Iterator[str]:
+    """Yield the texts of a file; what is none is counted in ``dropped``."""
     try:
         for document in read_spread(source, file, column):
-            if isinstance(document, str) and document.strip():
+            if isinstance(document, Unusable):
+                dropped[document.value] += 1
+            elif not document.strip():
+                dropped[Unusable.EMPTY.value] += 1
+            else:
                 yield document
     except UnreadableFile as error:
         raise ConfigError(f"--input {file.path}: {error}") from error
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Yield the lines of a text, those that are too long for sentencepiece in parts."""
+    size = _MAX_LINE // 4  # characters of up to four bytes
+    for line in text.split("\n"):
+        for start in range(0, len(line), size):
+            yield line[start : start + size]
 
 
 @contextmanager
@@ -140,7 +161,7 @@ def train_sentencepiece(documents: list[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    lines = (line for text in documents for line in text.split("\n") if line)
+    lines = (line for text in documents for line in _sentences(text))
     progress = Progress("train_tokenizer")
     try:
         with _heartbeat(progress, f"training {vocab_size} pieces"):

@@ -20,10 +20,11 @@ from data_prep import inspect_data, python_corpus, tokenize_fineweb, train_token
 from data_prep._common import new_output
 from data_prep._encoding import Encoder
 from data_prep._pieces import Limits
-from data_prep._tokenizer import encode_plain
+from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.errors import ConfigError
 from tests.integration.conftest import execute
 from tests.integration.corpora import HARD, decoded, manifest, script, texts, tokenize, write_jsonl
+from tests.integration.test_tokenize import write_parquet
 
 
 def test_the_scripts_from_python_to_tokens(tmp_path: Path) -> None:
@@ -142,6 +143,38 @@ def test_an_impossible_vocabulary_is_one_line(
     assert last.startswith(f"train_tokenizer: error: --vocab_size {size}: ")
     assert message in last
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_a_long_document_is_trained_on(tmp_path: Path, suffix: str) -> None:
+    """It is one line, longer than sentencepiece reads, and nothing else has its word."""
+    documents = [*texts(300), "zebra " * 400_000]
+    source = tmp_path / f"in.{suffix}"
+    if suffix == "txt":
+        source.write_text("\n\n".join(text for text in documents if "\n" not in text))
+    elif suffix == "jsonl":
+        write_jsonl(source, documents)
+    else:
+        write_parquet(source, documents)
+    output = tmp_path / "t"
+    arguments = ["--input", str(source), "--vocab_size", "400", "--output", str(output)]
+    assert train_tokenizer.main(arguments) == 0
+    assert "▁zebra" in load_tokenizer(output).get_vocab()
+
+
+def test_what_a_tokenizer_is_not_trained_on_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_tokenizer, "_MAX_RECORD", 5000)
+    source = write_jsonl(tmp_path / "in.jsonl", [*texts(300), "x" * 6000, "", None, " "])
+    options = ["--vocab_size", "400", "--output", str(tmp_path / "t")]
+    assert train_tokenizer.main(["--input", str(source), *options]) == 0
+    assert "train_tokenizer: left out: 1 too_long, 3 empty" in capsys.readouterr().err
+    write_jsonl(source, ["", "x" * 6000])
+    options[-1] = str(tmp_path / "other")
+    assert train_tokenizer.main(["--input", str(source), *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"no text in {source}; left out: 1 empty, 1 too_long" in error
 
 
 def test_an_output_appears_complete_or_not_at_all(tmp_path: Path) -> None:
