@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,12 @@ def test_other_settings_do_not_go_on(
     assert "complete already" in capsys.readouterr().out
     assert tokenize(source, tokenizer_folder, output, "--validation_fraction", 0.3) == 2
     assert "now it is 0.3" in capsys.readouterr().err
+    # The same pieces, but another of them ends documents.
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "<s>"}))
+    assert tokenize(source, tmp_path / "tokenizer", output, *SPLIT) == 2
+    assert "was begun with eos_id = 2, now it is 1" in capsys.readouterr().err
     assert (
         len(train_texts(output, tokenizer_folder))
         == manifest(output)["splits"]["train"]["documents"]
