@@ -130,7 +130,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         self._reducer = self._new_reducer()
         # DeepSpeed's own note of what the model's parameters are called.
         self.param_names = {p: name for name, p in self.module.named_parameters()}
-        self.optimizer.adopt(self.sharded.units, deliver=masking == "backward")
+        self.optimizer.adopt(self.sharded)
         self.optimizer.distribute_weights(changed)
 
     # -- what SDP changes ---------------------------------------------------------------------
@@ -152,12 +152,9 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
             changes = len(phases) > 1 or any(phase.rotate_every for phase in phases)
             agree(lambda: check_made(self.basic_optimizer, given, must_keep_groups=changes))
         self.optimizer = ShardedOptimizer(
-            self.sharded.units,
+            self.sharded,
             self.basic_optimizer,
-            self.sharded.communicator,
-            stage=self.sharded.stage,
             max_norm=self.gradient_clipping(),
-            deliver=self.sharded.subnetwork.masking == "backward",
             overlap=self.run.zero_optimization.overlap_comm,
         )
 

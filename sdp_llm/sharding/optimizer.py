@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY, OPTIMIZER
-from sdp_llm.sharding.collectives import Communicator
+from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.norm import global_norm
 from sdp_llm.sharding.unit import Unit
 
@@ -36,42 +36,34 @@ class ShardedOptimizer:
     and ``_global_grad_norm``. After each step ``flag_counts`` says, on all ranks alike, on how
     many of them each of ``flags()`` (settable) was true.
 
-    :param units: all units that this rank stores, in forward order.
-    :param inner: on the groups of :func:`parameter_groups`.
+    :param inner: on the groups of :func:`parameter_groups` of the units that this rank owns.
     :param max_norm: clip the global gradient norm to this (0: never).
-    :param deliver: True where ranks store units they do not own (backward masking).
     :param overlap: False waits for the weights at the end of each step (``overlap_comm``).
     """
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        sharded: ShardedModel,
         inner: torch.optim.Optimizer,
-        communicator: Communicator,
         *,
-        stage: int,
         max_norm: float,
-        deliver: bool,
         overlap: bool = True,
     ) -> None:
-        self.adopt(units, deliver=deliver)
+        self.adopt(sharded)
         self.inner = inner
         self.overflow = False
         self._global_grad_norm: float | None = None
         self.flags: Callable[[], Sequence[bool]] = tuple
         self.flag_counts: list[int] = []
         self._doubt: Tensor | None = None
-        self._communicator = communicator
-        self._stage = stage
         self._max_norm = max_norm
         self._overlap = overlap
         self._world = dist.group.WORLD if dist.get_world_size() > 1 else None
 
-    def adopt(self, units: Sequence[Unit], *, deliver: bool) -> None:
-        """Go on with other units, whose slices ``inner`` has already; parameters as above."""
-        self.units = units
-        self.owned = [unit for unit in units if unit.is_owner]
-        self._deliver = deliver
+    def adopt(self, sharded: ShardedModel) -> None:
+        """Go on with another subnetwork, whose slices ``inner`` has already."""
+        self._sharded = sharded
+        self._owned = sharded.owned
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -84,7 +76,7 @@ class ShardedOptimizer:
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zero the accumulated gradients; their storage stays."""
         self._doubt = None
-        for unit in self.owned:
+        for unit in self._owned:
             unit.grad.zero_()
             unit.is_averaged = False
 
@@ -102,7 +94,7 @@ class ShardedOptimizer:
         ``overflow`` says whether it was, ``_global_grad_norm`` is the norm before clipping.
         """
         ACTIVITY.enter(OPTIMIZER)
-        shards = [unit.shard_grad for unit in self.owned]
+        shards = [unit.shard_grad for unit in self._owned]
         with ACTIVITY.waiting("gradient norm"):
             norm, self.flag_counts = global_norm(shards, self._world, self.flags(), self._doubt)
         self._doubt = None
@@ -113,7 +105,7 @@ class ShardedOptimizer:
         # torch.nn.utils.clip_grad_norm_'s formula.
         scale = self._max_norm / (norm + 1e-6) if self._max_norm > 0 else 1.0
         if scale < 1.0:
-            for unit in self.owned:
+            for unit in self._owned:
                 unit.optimised_grad.mul_(scale)
         self.inner.step()
         self.distribute_weights()
@@ -126,16 +118,19 @@ class ShardedOptimizer:
 
         :param units: only these (default: all); the same ones on every rank that stores them.
         """
-        units = self.units if units is None else units
+        sharded = self._sharded
+        # Under backward masking ranks store units that they do not own.
+        world = self._world if sharded.subnetwork.masking == "backward" else None
+        units = sharded.units if units is None else units
         for unit in units:
             if unit.is_owner:
                 unit.cast_masters()
         for unit in units:
             weights = unit.flat
-            if self._stage > 0 and unit.is_owner and unit.group is not None:
-                unit.expect(self._communicator.all_gather(weights, unit.group))
-            if self._deliver and self._world is not None:
-                unit.expect(self._communicator.deliver(weights, unit.owners, self._world))
+            if sharded.stage > 0 and unit.is_owner and unit.group is not None:
+                unit.expect(sharded.communicator.all_gather(weights, unit.group))
+            if world is not None:
+                unit.expect(sharded.communicator.deliver(weights, unit.owners, world))
         if not self._overlap:
             for unit in units:
                 unit.wait()
