@@ -24,6 +24,7 @@ from sdp_llm.subnetwork.init import bind, initialize_unit
 from sdp_llm.subnetwork.masking import mask_blocks, restore_blocks
 from sdp_llm.subnetwork.pretrained import open_pretrained
 from sdp_llm.subnetwork.residual import ResidualScale
+from sdp_llm.subnetwork.skippable import check_skippable, skips_blocks
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Simulation:
     :param max_norm: clip the global gradient norm to this (0: never).
     :param loss: what is minimised.
     :param residual_scale: ``sdp.residual_scale``; :attr:`residual_scale` follows the plan.
+    :raises ConfigError: when blocks would be skipped that cannot be.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Simulation:
         loss: NextTokenLoss = summed_loss,
         residual_scale: str = "none",
     ) -> None:
+        if skips_blocks(plan, masking):
+            check_skippable(config)
         self.plan = plan
         self.loss = loss
         self.masking = masking
@@ -99,7 +103,11 @@ class Simulation:
         """Go on under another plan of as many workers.
 
         Weights, masters and the state of an element-wise optimizer belong to the blocks: they stay.
+
+        :raises ConfigError: when blocks would be skipped that cannot be.
         """
+        if skips_blocks(plan, masking) and not skips_blocks(self.plan, self.masking):
+            check_skippable(self.model)
         self.plan = plan
         self.masking = masking
         self.residual_scale.set(plan, masking)

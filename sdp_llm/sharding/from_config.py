@@ -18,6 +18,7 @@ from sdp_llm.sharding.materialize import ShardedModel, materialize
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.build import build_subnetwork
 from sdp_llm.subnetwork.pretrained import PretrainedWeights, open_pretrained
+from sdp_llm.subnetwork.skippable import check_skippable, skips_blocks
 from sdp_llm.subnetwork.stored import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,9 +45,12 @@ def shard(
     """Build and materialise this rank's subnetwork of the first step. Collective over the world.
 
     :param source: see :func:`sdp_llm.subnetwork.build.build_subnetwork`.
-    :raises ConfigError: when the model has no single list of blocks, ``sdp.residual_scale`` is not
-        exact for it, or ``model.init_from`` is not a checkpoint of it.
+    :raises ConfigError: when the model has no single list of blocks, or they cannot be skipped
+        where a phase does that, ``sdp.residual_scale`` is not exact for it, or ``model.init_from``
+        is not a checkpoint of it.
     """
+    if any(skips_blocks(phase.plan, phase.masking) for phase in schedule.phases):
+        check_skippable(source)
     plan, masking = schedule.at(0)
     dtype = torch.bfloat16 if run.bf16.enabled else torch.float32
     travelling = run.communication_data_type

@@ -28,6 +28,7 @@ from sdp_llm.subnetwork.adapter import UnitLayout, find_blocks
 from sdp_llm.subnetwork.build import Subnetwork
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.masking import mask_blocks, restore_blocks
+from sdp_llm.subnetwork.skippable import check_skippable, skips_blocks
 
 Units = dict[str, Unit]  # of this rank, by name
 
@@ -52,8 +53,8 @@ def rebuild(
     :param timeout: of the process groups of owner sets that are new.
     :returns: what to go on with, and this rank's units whose weights must be distributed yet.
     :raises ConfigError: on every rank, and nothing has changed, when the plan does not fit the run
-        or differs between ranks, when gradients are accumulated, or when the optimizer has other
-        groups.
+        or differs between ranks, when blocks would be skipped that cannot be, when gradients are
+        accumulated, or when the optimizer has other groups.
     """
     before = sharded.subnetwork
     check_agreement("change_plan: the plan", lambda: f"{plan.fingerprint()} {masking}")
@@ -122,6 +123,8 @@ def _check(sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwor
         raise ConfigError(
             f"change_plan: masking = {after.masking!r}: must be one of {', '.join(MASKINGS)}"
         )
+    if skips_blocks(new, after.masking) and not skips_blocks(old, sharded.subnetwork.masking):
+        check_skippable(after.model)
     if any(unit.grad.any() for unit in sharded.owned):
         raise ConfigError(
             "change_plan: gradients are accumulated, which stay where they are; change the plan "

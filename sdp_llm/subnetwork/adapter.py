@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,9 @@ class ModelLayout:
 
 
 def empty_model(
-    config: PretrainedConfig, attn_implementation: str | None = "sdpa"
+    config: PretrainedConfig,
+    attn_implementation: str | None = "sdpa",
+    make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config,
 ) -> PreTrainedModel:
     """The whole model with every parameter on the meta device and every buffer in place.
 
@@ -74,11 +76,12 @@ def empty_model(
 
     :param config: the model has a copy of it, which building and running it may change.
     :param attn_implementation: transformers' name of an attention; None lets it choose.
+    :param make: from a config to a model, with transformers' own options.
     :raises ConfigError: when transformers has no causal language model for this config.
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = make(
                 copy.deepcopy(config),
                 dtype=torch.float32,
                 attn_implementation=attn_implementation,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sdp_llm.subnetwork.adapter import empty_model, find_blocks, model_layout
+from sdp_llm.subnetwork.adapter import ModelLayout, empty_model, find_blocks, model_layout
 from sdp_llm.subnetwork.init import bind
 from sdp_llm.subnetwork.measure import kinds_of_blocks
 
@@ -30,6 +30,12 @@ def cheap_model(
     depth = 1 + max(kind[0] for kind in kinds)
     del blocks[depth:]
     model.config.get_text_config().num_hidden_layers = depth
+    bind_cheap(model, layout, depth)
+    return model, kinds
+
+
+def bind_cheap(model: PreTrainedModel, layout: ModelLayout, depth: int) -> None:
+    """Give values to all but the blocks from number ``depth`` on."""
     generator = torch.Generator().manual_seed(0)
     values = {
         spec.name: _cheap(spec.shape, generator)
@@ -38,7 +44,6 @@ def cheap_model(
         if unit.block is None or unit.block < depth
     }
     bind(model, values, layout.aliases)
-    return model, kinds
 
 
 def _cheap(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -53,12 +53,15 @@ def config_of(family: str) -> PretrainedConfig:
     return _config(family)
 
 
-def simulation_of(config: PretrainedConfig, scale: str, plan: Plan = PLAN) -> Simulation:
+def simulation_of(
+    config: PretrainedConfig, scale: str, plan: Plan = PLAN, masking: str = "forward"
+) -> Simulation:
     """One whose parameters are all away from the zeros and ones that some start with."""
     simulation = Simulation(
         config,
         plan,
         lambda groups: torch.optim.SGD(groups, 0.1),
+        masking=masking,
         attn_implementation="eager",
         residual_scale=scale,
     )
@@ -233,21 +236,26 @@ OPT = {
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("config", "masking", "reason"),
     [
-        (MIXTRAL, "mlp.gate returns more than a tensor"),
-        (FALCON, "they return more than a tensor"),
+        (MIXTRAL, "forward", "mlp.gate returns more than a tensor"),
+        # Under forward masking it is refused before.
+        (FALCON, "backward", "they return more than a tensor"),
         # Norms stand behind the sums.
-        (transformers.OPTConfig(**OPT, do_layer_norm_before=False), "does not pass by them"),
+        (
+            transformers.OPTConfig(**OPT, do_layer_norm_before=False),
+            "forward",
+            "does not pass by them",
+        ),
     ],
     ids=["mixtral", "falcon", "opt"],
 )
 @pytest.mark.parametrize("scale", ["inverse_coverage", "eval"])
 def test_a_family_that_is_not_exact_is_refused(
-    config: PretrainedConfig, reason: str, scale: str
+    config: PretrainedConfig, masking: str, reason: str, scale: str
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        simulation_of(config, scale)
+        simulation_of(config, scale, masking=masking)
     message = str(raised.value)
     assert "\n" not in message
     for part in ("sdp.residual_scale", repr(config.model_type), reason, 'use "none"'):
