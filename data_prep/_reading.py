@@ -28,6 +28,7 @@ _BUFFER_BYTES = 1 << 20  # likewise
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")  # how an array of objects begins
 _ZSTD_BYTES = 4 << 10  # unpacked at a time: what is lost at most where a file breaks off
 _SHOWN_COLUMNS = 20  # in a message
+_FIRST_OBJECTS = 1000  # of a file, of which one at least must have the column of the text
 _HUB_BLOCK_BYTES = 32 << 20  # per request; the hub limits their number
 
 
@@ -192,8 +193,8 @@ def read_records(
     A line of JSON is a record; records of a .txt file are separated by blank lines.
 
     :param max_bytes: A longer record is not held in memory but reported as too long.
-    :raises UnreadableFile: The file breaks off, is corrupt or one array of objects, or, at its end,
-        it has objects and none with ``column``.
+    :raises UnreadableFile: The file breaks off, is corrupt or one array of objects, or none of its
+        first objects (``_FIRST_OBJECTS``) has ``column``.
     :raises HubUnreachable: It is on the hub, which does not answer.
     """
 
@@ -201,16 +202,19 @@ def read_records(
         is_json = file.format == "json"
         has_column = not is_json
         others: dict[str, None] = {}  # the columns of objects without it, in order
+        count = 0
         with _readable(file), _unpacked(source, file) as stream:
             if is_json:
                 _refuse_array(stream)
             for record in (_lines if is_json else _paragraphs)(stream, max_bytes):
-                if not has_column and isinstance(record, bytes):
-                    row = _parse(record)
-                    if isinstance(row, dict):
-                        has_column = column in row
-                        if len(others) <= _SHOWN_COLUMNS:
-                            others |= dict.fromkeys(row)
+                row = None if has_column or isinstance(record, Unusable) else _parse(record)
+                if isinstance(row, dict):
+                    has_column = column in row
+                    if len(others) <= _SHOWN_COLUMNS:
+                        others |= dict.fromkeys(row)
+                    count += 1
+                    if count == _FIRST_OBJECTS and not has_column:
+                        break  # a wrong name must not cost reading all of it
                 yield record
         if others and not has_column:
             raise _no_column(column, list(others))

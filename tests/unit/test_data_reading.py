@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from data_prep import _reading
 from data_prep._reading import Document, UnreadableFile, Unusable, decode_record, read_records
 from data_prep._source import find_source
 
@@ -56,6 +57,21 @@ def test_a_file_of_other_columns_is_an_error_that_names_them(
     assert failure is not None
     assert failure.startswith("no column 'text', it has ")
     assert named in failure
+
+
+def test_a_wrong_column_is_known_after_the_first_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not after the hours that it may take to read the whole file."""
+    monkeypatch.setattr(_reading, "_FIRST_OBJECTS", 3)
+    path = tmp_path / "a.jsonl"
+    path.write_text(rows(*[{"body": 1}] * 3, {"text": "one"}))
+    documents, failure = read(path)
+    assert documents == [Unusable.NO_COLUMN] * 2
+    assert failure == "no column 'text', it has body; set --text_column"
+    path.write_text(rows(*[{"body": 1}] * 2, [], {"text": "one"}, *[{"body": 1}] * 3))
+    documents, failure = read(path)
+    assert (len(documents), failure) == (7, None)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
