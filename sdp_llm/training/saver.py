@@ -171,7 +171,7 @@ class Saver:
             self._status.write(warning=f"step {save.step} {reason}")
 
     def _failed(self, step: int, error: ConfigError) -> str:
-        self._say(f"warning: step {step}: no checkpoint: {error}")
+        self._say(f"warning: step {step}: the save failed: {error}")
         self._status.write(step=step, warning=f"step {step}: {error}")
         return str(error)
 

@@ -478,7 +478,7 @@ def test_a_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     """The run goes on, says so, leaves nothing half written, and saves again when it can."""
     where, often = f"training.run_dir={tmp_path / 'run'}", "training.save_interval=1"
     [outcome, _] = run_on(pools(2), tiny, where, often, full_disk=(3, 5))
-    assert outcome.said.count("warning: step 3: no checkpoint: rank 1: cannot read or write: ") == 1
+    assert outcome.said.count("warning: step 3: the save failed: rank 1: cannot read or write: ") == 1
     assert "File too large" in outcome.said
     entry = status(tmp_path / "run")
     assert (entry["state"], entry["checkpoint"]) == ("finished", "checkpoints/step-6")
@@ -553,7 +553,7 @@ def test_a_stop_waits_for_the_background(tiny: Tiny, pools: Pools, tmp_path: Pat
 def test_a_background_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     where = f"training.run_dir={tmp_path / 'run'}"
     [outcome, _] = run_on(pools(2), tiny, where, *ASYNC, full_disk=(3, 5), slow_disk=0.05)
-    assert "warning: step 3: no checkpoint: rank 1: cannot read or write: " in outcome.said
+    assert "warning: step 3: the save failed: rank 1: cannot read or write: " in outcome.said
     # Whether those next to it are written in time to fail depends on the machine.
     assert {"step-1", "step-5", "step-6"} <= set(shards(tmp_path / "run"))
     assert "step-3" not in shards(tmp_path / "run")

@@ -216,7 +216,7 @@ def test_a_save_that_fails_is_a_warning_or_the_end(tmp_path: Path) -> None:
     disk = Disk(fails=True)
     job = saver(tmp_path, disk, said)
     assert job.save(Position(step=3)) == "rank 1: cannot write: full"
-    assert said == ["warning: step 3: no checkpoint: rank 1: cannot write: full"]
+    assert said == ["warning: step 3: the save failed: rank 1: cannot write: full"]
     with pytest.raises(TrainingStopped, match="step 3: asked to stop, but cannot save: rank 1"):
         job.save_and_stop(Position(step=3), 9)
     disk.fails = False
