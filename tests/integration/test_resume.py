@@ -478,7 +478,9 @@ def test_a_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     """The run goes on, says so, leaves nothing half written, and saves again when it can."""
     where, often = f"training.run_dir={tmp_path / 'run'}", "training.save_interval=1"
     [outcome, _] = run_on(pools(2), tiny, where, often, full_disk=(3, 5))
-    assert outcome.said.count("warning: step 3: the save failed: rank 1: cannot read or write: ") == 1
+    assert (
+        outcome.said.count("warning: step 3: the save failed: rank 1: cannot read or write: ") == 1
+    )
     assert "File too large" in outcome.said
     entry = status(tmp_path / "run")
     assert (entry["state"], entry["checkpoint"]) == ("finished", "checkpoints/step-6")
