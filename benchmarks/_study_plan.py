@@ -40,8 +40,8 @@ GRIDS: Mapping[tuple[Model, str], tuple[tuple[float, ...], int]] = {
     (WIDE, HALF): (_RATES[1:4], STEPS),
     (DEEP, DENSE): (_RATES[1:3], STEPS),
     (DEEP, HALF): (_RATES[1:3], STEPS),
-    (WIDEST, DENSE): (_RATES[:2], STEPS // 2),
-    (WIDEST, HALF): (_RATES[:2], STEPS // 2),
+    (WIDEST, DENSE): ((0.001, *_RATES[:2]), STEPS // 2),
+    (WIDEST, HALF): ((0.001, *_RATES[:2]), STEPS // 2),
 }
 SWEEP = 0
 
