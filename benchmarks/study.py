@@ -10,8 +10,9 @@ python benchmarks/study.py report --output runs/study --pages docs/study --fill 
 named `stop` in the output folder lets it end after the runs that are under way. Each run takes
 the way of launch/simulate.py, with all workers in one pass, and its `runs/ID/config.json` trains
 there again: launch/simulate.py --deepspeed_config FILE --world_size 8 --set training.run_dir=NEW
-(but for another learning rate of free blocks or of a last phase, which only the study knows). `report` also writes
-all runs into one file, runs.jsonl; in the folder of a study it stands for the runs.
+(but for another learning rate of free blocks or of a last phase, which only the study knows).
+`report` also writes all runs into one file, runs.jsonl; in the folder of a study it stands for the
+runs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from sdp_llm.cli import run_command, say_error
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import sync
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _MARK = ".data_prep"  # the file that tells a folder of the scripts from anybody else's
 
 
@@ -112,11 +114,14 @@ def partial_of(output: Path) -> Path:
 def is_own(partial: Path) -> bool:
     """Return whether a data script made this folder, so that it may be continued or removed.
 
-    An empty one counts as well: a run may have been killed before it could mark it.
+    An empty one counts as well: a run may have been killed before it could mark it; and one of
+    ``tokenize_fineweb.py`` from before there was a mark.
     """
     if partial.is_symlink() or not partial.is_dir():
         return False
-    return (partial / _MARK).is_file() or not any(partial.iterdir())
+    if (partial / _MARK).is_file() or not any(partial.iterdir()):
+        return True
+    return (partial / "state.json").is_file() and (partial / "pieces").is_dir()
 
 
 def remove_own(partial: Path) -> None:
@@ -135,11 +140,11 @@ def _clear(partial: Path) -> None:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Name ``folder`` in the error of a write: that of a full disk does not say where it was."""
+    """Name ``folder`` in the error of a full disk, which does not say where it was."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno in _OF_DISKS and error.filename is None:
             error.filename = str(folder)
         raise
 

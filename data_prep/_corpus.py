@@ -248,10 +248,13 @@ class GrowingCorpus:
 
 
 def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise ConfigError naming the first setting in which two runs into ``where`` differ."""
-    for key in new:
-        if old.get(key) != new[key]:
+    """Raise ConfigError naming the first setting in which two runs into ``where`` differ.
+
+    What the older one does not know yet is not compared.
+    """
+    for key in new.keys() & old.keys():
+        if old[key] != new[key]:
             raise ConfigError(
-                f"--output: {where} was begun with {key} = {json.dumps(old.get(key))}, now it is "
+                f"--output: {where} was begun with {key} = {json.dumps(old[key])}, now it is "
                 f"{json.dumps(new[key])}; give the same, another --output, or remove {where}"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_llm.errors import ConfigError
-from sdp_llm.tokenizer import read_tokenizer
+from sdp_llm.tokenizer import largest_id, read_tokenizer
 
 _LARGEST_ID = 2**31 - 1  # of the int32 in Megatron's format
 
@@ -38,17 +38,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Return the ids that a model needs: more than ``len(tokenizer)`` where ids have gaps.
+    """Return the ids that a model needs.
 
     :raises ConfigError: An id is larger than token files can hold.
     """
-    piece, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    piece, largest = largest_id(tokenizer)
     if largest > _LARGEST_ID:
         raise ConfigError(
             f"--tokenizer {tokenizer.name_or_path}: gives {piece!r} the id {largest}, token files "
             f"hold at most {_LARGEST_ID}; mend its tokenizer.json"
         )
-    return int(largest) + 1
+    return largest + 1
 
 
 def encode_plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:

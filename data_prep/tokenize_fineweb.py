@@ -226,7 +226,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if os.path.lexists(output) and is_complete(output, settings):
         if is_own(partial_of(output)):  # from a run that was killed after its last action
-            remove_own(partial_of(output))
+            with suppress(OSError):  # it takes space, but the corpus is there
+                remove_own(partial_of(output))
         print(f"{output}: complete already")
         return
     with locked_folder(output) as folder:

@@ -68,7 +68,8 @@ if __name__ == "__main__":
         "--resume",
         default="auto",
         metavar="auto|none|PATH",
-        help="continue from the run folder's newest whole checkpoint where it has one (auto, the "
-        "default), never (none), or from a checkpoint, or the newest in a folder (PATH)",
+        help="continue from the run folder's newest whole checkpoint where it has one, else from "
+        "what its run was begun from (auto, the default), never (none), or from a checkpoint, or "
+        "the newest in a folder (PATH)",
     )
     sys.exit(run_command("pretrain", pretrain, parser.parse_args()))

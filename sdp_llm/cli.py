@@ -50,8 +50,8 @@ class Parser(argparse.ArgumentParser):
         known = [text for action in self._actions for text in action.option_strings]
         close = difflib.get_close_matches(unknown, known, n=1) if unknown else []
         hint = f"did you mean {close[0]}? " if close else ""
-        if unknown and not unknown.startswith("-") and Path(unknown).exists():
-            hint = "a pattern is given in quotes, for the shell puts file names in its place; "
+        if unknown and not close and os.path.exists(unknown):
+            hint = "if that is of a pattern, give the pattern in quotes; "
         sys.exit(fail(name, f"{message}; {hint}--help lists the arguments", 2))
 
 

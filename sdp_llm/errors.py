@@ -24,6 +24,10 @@ class DamagedCheckpoint(ConfigError):
     """A folder that is no complete checkpoint, or not what was saved: another one may be fine."""
 
 
+class UnnamedCheckpoint(ConfigError):
+    """A checkpoint is complete, and only ``latest`` could not be written to name it."""
+
+
 class RankLost(RuntimeError):
     """Another rank hangs, failed or is gone; the one-line message names it.
 

@@ -180,7 +180,8 @@ def evaluate(
 
 def _agreed_rounds(samples: Tensor, micro_batch: int, device: torch.device) -> int:
     """How often every rank runs the model; what one of them cannot do, none begins."""
-    own = [-(-len(samples) // max(micro_batch, 1)), -micro_batch, -samples.shape[1]]
+    length = samples.shape[1] if samples.dim() == 2 else 0
+    own = [-(-len(samples) // max(micro_batch, 1)), -micro_batch, -length]
     most = torch.tensor(own, device=device)
     all_reduce(most, "start of the validation", dist.ReduceOp.MAX)
     rounds, *negated = most.tolist()

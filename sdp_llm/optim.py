@@ -56,9 +56,7 @@ def wrong_parameters_explained(section: str, kind: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise ConfigError(
             f"{section}.params: {kind} cannot be made with them: {reason}; give those that its "

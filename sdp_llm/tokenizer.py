@@ -29,6 +29,12 @@ def read_tokenizer(folder: str | Path, key: str, fix: str) -> Any:
         ) from error
 
 
+def largest_id(tokenizer: Any) -> tuple[str, int]:
+    """The piece with the largest id, which may be ``len(tokenizer)`` or more: ids may have gaps."""
+    piece, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return str(piece), int(largest)
+
+
 def said_by_transformers(error: Exception) -> str:
     """Why transformers cannot read a folder, in a few words."""
     text = " ".join(str(error).split())

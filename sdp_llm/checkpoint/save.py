@@ -25,7 +25,7 @@ from sdp_llm.checkpoint.together import (
     agree,
     write_json,
 )
-from sdp_llm.errors import ConfigError
+from sdp_llm.errors import ConfigError, UnnamedCheckpoint
 from sdp_llm.files import replace_text
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import MASTER
@@ -122,8 +122,8 @@ class CheckpointWriting:
 
         :param write: what :meth:`write` did or does.
         :raises ConfigError: on every rank, when one could not write. What was saved before is then
-            as it was, and what was written is gone; or the checkpoint is complete, and only
-            ``latest`` could not be written.
+            as it was, and what was written is gone.
+        :raises UnnamedCheckpoint: on every rank, when only ``latest`` could not be written.
         """
         self._shared.complete(write, self._describe)
         # Together: no rank goes on, and perhaps loads, before ``latest`` is there.
@@ -151,7 +151,7 @@ class CheckpointWriting:
         try:
             replace_text(latest, self._tag)
         except OSError as error:
-            raise ConfigError(
+            raise UnnamedCheckpoint(
                 f"{latest}: cannot be written, so it does not name the checkpoint {self._tag}, "
                 f"which is complete: {error}; make it a file that can be written, or load with "
                 f"tag={json.dumps(self._tag)}"

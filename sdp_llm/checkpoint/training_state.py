@@ -43,7 +43,7 @@ def check_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> N
     """Check that the learning-rate scheduler can go on as the saved one.
 
     :param folder: of the checkpoint, for the message.
-    :raises ConfigError: it has none, or one of another kind.
+    :raises ConfigError: it has none, or one of another kind or that ends before this one.
     """
     saved = state["scheduler"]
     if saved is None:
@@ -56,6 +56,14 @@ def check_scheduler(scheduler: Any, state: Mapping[str, Any], folder: Path) -> N
             f"{folder}: saved with another learning-rate scheduler than "
             f"{type(scheduler).__name__}; keep scheduler.type, or pass "
             "load_lr_scheduler_states=False"
+        )
+    # OneCycleLR's: it takes no step after its last.
+    last, here = saved.get("total_steps"), getattr(scheduler, "total_steps", None)
+    if last is not None and here is not None and last < here:
+        raise ConfigError(
+            f"{folder}: saved with a {type(scheduler).__name__} of total_steps = {last}, here it "
+            f"has {here}; it goes on as the saved one, and that takes no step after its last: keep "
+            "scheduler.params and the budget, or pass load_lr_scheduler_states=False"
         )
 
 

@@ -38,7 +38,10 @@ def parse_optimizer_params(path: str, kind: str, raw: Any) -> dict[str, Any]:
         if name in tables.UNSUPPORTED_OPTIMIZER_PARAMS and name not in tables.OPTIMIZERS[kind]:
             advice = tables.UNSUPPORTED_OPTIMIZER_PARAMS[name] or "remove it"
             raise ConfigError(f"{path}.{name}: not supported together with SDP; {advice}")
-    return _checked(path, raw, tables.OPTIMIZERS[kind])
+    params = _checked(path, raw, tables.OPTIMIZERS[kind])
+    if params.get("fused") and params.get("foreach"):
+        raise wrong(f"{path}.fused", True, "cannot go with foreach = true; remove one of them")
+    return params
 
 
 def parse_scheduler_type(path: str, value: Any) -> str:

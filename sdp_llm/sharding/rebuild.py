@@ -59,7 +59,7 @@ def rebuild(
     before = sharded.subnetwork
     check_agreement("change_plan: the plan", lambda: f"{plan.fingerprint()} {masking}")
     after = replace(before, plan=plan, masking=masking)
-    known = _agree(sharded, inner, after)
+    known = _agree(sharded, inner, after, decay_all)
     changed = _changed(before, after)
     create_owner_groups(sharded.groups, plan.distinct_owner_sets, timeout)
     for hook in sharded.hooks:
@@ -101,18 +101,22 @@ def _changed(before: Subnetwork, after: Subnetwork) -> list[UnitLayout]:
     ]
 
 
-def _agree(sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwork) -> Description:
+def _agree(
+    sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwork, decay_all: bool
+) -> Description:
     """Check that all ranks can change, and tell each what the owners' optimizers keep."""
 
     def check() -> Description:
-        _check(sharded, inner, after)
+        _check(sharded, inner, after, decay_all)
         names = {part.name for part in _changed(sharded.subnetwork, after)}
         return describe([unit for unit in sharded.owned if unit.layout.name in names], inner)
 
     return {name: state for part in agree(check) for name, state in part.items()}
 
 
-def _check(sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwork) -> None:
+def _check(
+    sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwork, decay_all: bool
+) -> None:
     old, new = sharded.subnetwork.plan, after.plan
     if (new.world_size, new.num_blocks) != (old.world_size, old.num_blocks):
         raise ConfigError(
@@ -130,10 +134,12 @@ def _check(sharded: ShardedModel, inner: torch.optim.Optimizer, after: Subnetwor
             "change_plan: gradients are accumulated, which stay where they are; change the plan "
             "between optimizer steps, or call engine.zero_grad() before"
         )
-    if len(inner.param_groups) != 2:
+    made = [{id(p) for p in group["params"]} for group in inner.param_groups]
+    given = parameter_groups(sharded.owned, decay_all)
+    if made != [{id(p) for p in group["params"]} for group in given]:
         raise ConfigError(
-            f"change_plan: the optimizer has {len(inner.param_groups)} parameter groups, and what "
-            "arrives belongs to one of the two that it was made from; keep these two"
+            "change_plan: the optimizer has other parameter groups than the two that it was made "
+            "from, and what arrives belongs to one of those; keep them, in their order"
         )
 
 

@@ -37,21 +37,17 @@ def check_skippable(source: PretrainedConfig | PreTrainedModel) -> None:
     :raises ConfigError: on every rank alike, when a block cannot be skipped.
     """
     config = source.config if isinstance(source, PreTrainedModel) else source
-    blocks = f'sdp.masking = "forward": blocks of model type {config.model_type!r}'
-    fix = 'use "backward", or another family of models'
     try:
         output = _first_output(source)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{blocks} cannot be run to see what they return: {reason}; {fix}") from (
-            error
-        )
+    except Exception:  # whatever a model's own code raises
+        # One that is not made of its config alone, or needs a GPU's kernels, is not judged here:
+        # should it be wrong, its first forward pass says so.
+        return
     if not isinstance(output, Tensor):
         raise ConfigError(
-            f"{blocks} cannot be skipped: they return a {type(output).__name__}, not the residual "
-            f"stream alone; {fix}"
+            f'sdp.masking = "forward": blocks of model type {config.model_type!r} cannot be '
+            f"skipped: they return a {type(output).__name__}, not the residual stream alone; use "
+            '"backward", or another family of models'
         )
 
 

@@ -18,32 +18,33 @@ _KEY = "data.document_mask = true"
 _DOCUMENTS_CHECKED = 64  # per corpus, spread evenly
 
 
-def check_end(
+def other_end(
     run: RunConfig,
     ends: int | list[int] | None,
     tokenizer: Any,
     corpora: Mapping[str, PackedDataset],
-) -> None:
-    """Check that the model's config names the id that ends the documents, where it names any.
+) -> str | None:
+    """A warning where the model's config names another id than the one that ends the documents.
 
     Generation with the exported model stops there: at another id it would stop in the midst of a
-    text, or never. A model that begins from a checkpoint keeps the end that it has learnt.
+    text, or never. That is mended in the export as well, so that no run need end for it. A model
+    that begins from a checkpoint keeps the end that it has learnt.
 
     :param ends: ``eos_token_id`` of the model's config.
-    :raises ConfigError: tokenizer or manifests name another.
     """
     assert run.model is not None
     assert run.data is not None
     if run.model.init_from is not None:
-        return
+        return None
     known = [ends] if isinstance(ends, int) else ends
     for origin, eos_id in _ends(run.data, tokenizer, corpora).items():
         if known and eos_id not in known:
-            raise ConfigError(
-                f"model.config = {json.dumps(run.model.config)}: eos_token_id = {json.dumps(ends)} "
-                f"there, but the end-of-sequence id of {origin} is {eos_id}, and generation would "
-                f"not stop at it; set eos_token_id to {eos_id}, or to null"
+            return (
+                f"warning: model.config = {json.dumps(run.model.config)}: its eos_token_id is "
+                f"{json.dumps(ends)}, but the end-of-sequence id of {origin} is {eos_id}, at which "
+                f"generation with the export would not stop; set eos_token_id to {eos_id}"
             )
+    return None
 
 
 def separator(

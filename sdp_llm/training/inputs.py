@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +19,7 @@ from sdp_llm.subnetwork.adapter import empty_model, model_layout
 from sdp_llm.subnetwork.cheap import cheap_model
 from sdp_llm.subnetwork.measure import run_model_config
 from sdp_llm.subnetwork.pretrained import open_pretrained
-from sdp_llm.tokenizer import read_tokenizer
+from sdp_llm.tokenizer import largest_id, read_tokenizer
 from sdp_llm.training.budget import check_memory, run_schedule
 from sdp_llm.training.corpora import (
     blend,
@@ -29,7 +29,7 @@ from sdp_llm.training.corpora import (
     open_training,
     open_validation,
 )
-from sdp_llm.training.documents import check_end, separator
+from sdp_llm.training.documents import other_end, separator
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Inputs:
     batch: BatchSizes
     train: TrainingData
     validation: PackedDataset | None
+    fingerprints: Mapping[str, str]
     loss: NextTokenLoss = summed_loss
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inputs:
@@ -76,7 +76,9 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         tokenizer = load_tokenizer(run.data.tokenizer)
         _check_tokenizer(run.data.tokenizer, tokenizer, text.vocab_size, run.model.config)
         check_tokenizer_of(corpora, run.data.tokenizer, tokenizer.eos_token_id)
-    check_end(run, text.eos_token_id, tokenizer, corpora)
+    warning = other_end(run, text.eos_token_id, tokenizer, corpora)
+    if warning is not None and rank in (None, 0):
+        print(warning, flush=True)
     eos_id = separator(run.data, model, run.model.attn_implementation, tokenizer, corpora)
     loss = NextTokenLoss(eos_id, run.training.loss_chunk)
     if loss.chunk is not None:
@@ -89,8 +91,8 @@ def load_inputs(run: RunConfig, world_size: int, rank: int | None = None) -> Inp
         batch,
         train,
         next(iter(validation.values()), None),
-        loss,
         fingerprints(run.data),
+        loss,
     )
 
 
@@ -106,10 +108,11 @@ def _check_monitors(run: RunConfig) -> None:
 
 
 def _check_tokenizer(folder: str, tokenizer: Any, vocab_size: int, config: str) -> None:
-    if len(tokenizer) > vocab_size:
+    needed = largest_id(tokenizer)[1] + 1
+    if needed > vocab_size:
         raise ConfigError(
-            f"data.tokenizer = {json.dumps(folder)}: has {len(tokenizer)} ids, more than "
-            f"vocab_size = {vocab_size} in {config}; set vocab_size to at least {len(tokenizer)}"
+            f"data.tokenizer = {json.dumps(folder)}: has {needed} ids, more than "
+            f"vocab_size = {vocab_size} in {config}; set vocab_size to at least {needed}"
         )
 
 

@@ -51,12 +51,15 @@ class Start:
     """Where the run begins.
 
     ``checkpoint`` is None at step 0; ``messages`` are for a person: what was skipped and why, and
-    what the config changes.
+    what the config changes. ``is_own`` says whether the checkpoint is the run folder's;
+    ``began_from`` names the one of another folder that the run was begun from, however long ago.
     """
 
     position: Position
     checkpoint: Path | None
     messages: tuple[str, ...] = ()
+    is_own: bool = False
+    began_from: str | None = None
 
 
 def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: str) -> Start:
@@ -72,9 +75,11 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
     if resume == NONE:
         return Start(Position(), None)
     is_given = resume != AUTO
-    folder = Path(resume) if is_given else Path(run.training.run_dir)
+    run_dir = Path(run.training.run_dir)
+    folder = Path(resume) if is_given else run_dir
     # One rank looks, so that all try the same ones.
-    candidates = agree(lambda: _look(folder, is_given) if backend.rank == 0 else [])[0]
+    looked = agree(lambda: _look(folder, run_dir) if backend.rank == 0 else None)[0]
+    candidates, began_from = looked
     skipped: list[str] = []
     for path in candidates:
         try:
@@ -94,11 +99,13 @@ def find_start(run: RunConfig, inputs: Inputs, backend: EngineBackend, resume: s
                 f"{path}: its position in the run cannot be read: {error}; load it with the "
                 "version of sdp_llm that wrote it"
             ) from error
-        saved = read_state(path)
-        return Start(position, path, (*skipped, *_changes(saved, run, inputs, position)))
+        messages = (*skipped, *_changes(read_state(path), run, inputs, position))
+        if path.parent.resolve() == (run_dir / "checkpoints").resolve():
+            return Start(position, path, messages, is_own=True, began_from=began_from)
+        return Start(position, path, messages, began_from=str(path.resolve()))
     if skipped:
         raise ConfigError(
-            f"{folder}: no checkpoint is whole: {'; '.join(skipped)}; start anew in another "
+            f"{path.parent}: no checkpoint is whole: {'; '.join(skipped)}; start anew in another "
             "training.run_dir"
         )
     if is_given:
@@ -124,20 +131,21 @@ def facts_to_compare(run: RunConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _look(folder: Path, is_given: bool) -> list[Path]:
-    """The checkpoints to try, newest first."""
-    found = _candidates(folder)
-    began_from = None if found or is_given else read_status(folder).get("began_from")
-    if began_from is None:
-        return found
-    # A run that another checkpoint was given to, and that has saved none of its own.
+def _look(folder: Path, run_dir: Path) -> tuple[list[Path], str | None]:
+    """The checkpoints to try, newest first, and what the run in ``run_dir`` was begun from."""
+    found, began_from = _candidates(folder), read_status(run_dir).get("began_from")
+    if not isinstance(began_from, str):
+        return found, None
+    if found or folder != run_dir:
+        return found, began_from
+    # It has saved none of its own.
     if not (Path(began_from) / MANIFEST).exists():
         raise ConfigError(
             f"training.run_dir = {json.dumps(str(folder))}: its run was begun from {began_from}, "
             "which is not there any more, and has saved nothing; name a checkpoint with --resume, "
             "or begin anew with another training.run_dir"
         )
-    return [Path(began_from)]
+    return [Path(began_from)], began_from
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -166,7 +174,9 @@ def _changes(
             "go on with the next unseen sample, schedules count steps"
         )
     last = steps_from(run, inputs.batch, position, total_steps)
-    if run.training.tokens is not None and last != total_steps:
+    assert run.data is not None
+    per_step = batch * run.data.sequence_length
+    if run.training.tokens is not None and position.tokens != position.step * per_step:
         yield (
             f"warning: training.tokens are used up at step {last:,}; phases, and a scheduler "
             f'with total_num_steps = "auto", end at step {total_steps:,}, as if a step had always '

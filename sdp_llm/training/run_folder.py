@@ -64,6 +64,8 @@ class RunFolder:
     def begin(self, step: int = 0, prediction: Prediction | ConfigError | None = None) -> list[str]:
         """Write what the run is started with, and forget what came after ``step``. Collective.
 
+        :param step: 0 also where it begins from a checkpoint of another folder: what this one has
+            is of another run then.
         :param prediction: written where it is one.
         :returns: lines that say what was forgotten, on rank 0.
         """
@@ -129,8 +131,10 @@ class RunFolder:
 
     def _refuse_foreign(self) -> None:
         """A run begins with its metrics: without them these files are of something else."""
+        if self._metrics.exists() or steps_in(self.checkpoints):
+            return
         for name in (CONFIG, PLAN, ENVIRONMENT):
-            if (self.path / name).is_file() and not self._metrics.exists():
+            if (self.path / name).is_file():
                 raise ConfigError(
                     f"{self._key}: has a {name} and no {METRICS}, so that it is no run's; choose "
                     "a folder of its own for the run"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from sdp_llm.activity import ACTIVITY, SAVE
 from sdp_llm.agree import agree
 from sdp_llm.config import TrainingConfig
-from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.errors import ConfigError, TrainingStopped, UnnamedCheckpoint
 from sdp_llm.training.checkpoints import remove, steps_in, steps_to_remove, tag_of
 from sdp_llm.training.position import Position
 from sdp_llm.training.run_folder import RunFolder
@@ -113,6 +113,8 @@ class Saver:
         state = {"trainer": asdict(position), **self._facts}
         try:
             begin(self._folder.checkpoints, tag_of(position.step), state)
+        except UnnamedCheckpoint as error:
+            self._warn(position.step, error)
         except ConfigError as error:
             return self._failed(position.step, error)
         stalled = time.perf_counter() - started
@@ -147,6 +149,8 @@ class Saver:
         started = time.perf_counter()
         try:
             self._backend.finish_save()
+        except UnnamedCheckpoint as error:
+            self._warn(pending.step, error)
         except ConfigError as error:
             self._failed(pending.step, error)
             return
@@ -166,14 +170,17 @@ class Saver:
             agree(self._remove_old)
         except ConfigError as error:
             # They take space, but what was just saved is whole.
-            reason = f"is saved, but older checkpoints cannot be removed: {error}"
-            self._say(f"warning: step {save.step} {reason}")
-            self._status.write(warning=f"step {save.step} {reason}")
+            self._warn(save.step, f"saved, but older checkpoints cannot be removed: {error}")
 
     def _failed(self, step: int, error: ConfigError) -> str:
-        self._say(f"warning: step {step}: the save failed: {error}")
+        self._say(f"warning: step {step}: no checkpoint: {error}")
         self._status.write(step=step, warning=f"step {step}: {error}")
         return str(error)
+
+    def _warn(self, step: int, reason: object) -> None:
+        """Tell what is wrong about a checkpoint that is there all the same."""
+        self._say(f"warning: step {step}: {reason}")
+        self._status.write(warning=f"step {step}: {reason}")
 
     def save_and_stop(self, position: Position, total_steps: int) -> None:
         """Save what is not saved yet, because the run was asked to stop. Collective.

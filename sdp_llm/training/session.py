@@ -93,15 +93,16 @@ def _train_from(
     layout = backend.engine.sharded.subnetwork.layout
     size = checkpoint_bytes(run, layout.numel)
     agree(lambda: check_space(run, folder.checkpoints, size, position.step, steps))
-    newest = _own_checkpoint(start, folder)
-    status = Status(folder.path, backend.rank, steps, start.checkpoint if newest is None else None)
+    newest = f"checkpoints/{start.checkpoint.name}" if start.is_own and start.checkpoint else None
+    status = Status(folder.path, backend.rank, steps, start.began_from)
     with (
         _failure_told(status, position, watchdog),
         out_of_memory_explained(run, inputs, backend.rank),  # the status has its line, too
     ):
         status.write(state=RUNNING, step=position.step, checkpoint=newest)
         prediction = predict(run, inputs)
-        for line in folder.begin(position.step, prediction):
+        # What a folder has of another run is none of this one's history.
+        for line in folder.begin(position.step if start.is_own else 0, prediction):
             say(line)
         say(summary_card(run, inputs, steps, prediction, position))
         say(checkpoint_line(run, layout.numel, _largest_share(inputs.schedule, layout)) + "\n")
@@ -125,14 +126,6 @@ def _failure_told(status: Status, position: Position, watchdog: Watchdog | None)
         reason = watchdog.reason_of(error) if watchdog else f"{type(error).__name__}: {error}"
         status.fail(f"step {position.step}: {reason}")
         raise
-
-
-def _own_checkpoint(start: Start, folder: RunFolder) -> str | None:
-    """The checkpoint that the run continues from, relative to its folder; None: not in there."""
-    if start.checkpoint is None:
-        return None
-    is_own = start.checkpoint.parent.resolve() == folder.checkpoints.resolve()
-    return f"checkpoints/{start.checkpoint.name}" if is_own else None
 
 
 def _saver(

@@ -61,7 +61,7 @@ class Status:
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, total_steps: int, began_from: Path | None = None
+        self, run_dir: Path, rank: int, total_steps: int, began_from: str | None = None
     ) -> None:
         self._run_dir = run_dir
         self._rank = rank
@@ -70,7 +70,7 @@ class Status:
             "step": 0,
             "total_steps": total_steps,
             "checkpoint": None,
-            "began_from": None if began_from is None else str(began_from.resolve()),
+            "began_from": began_from,
         }
 
     def write(self, **changes: Any) -> None:

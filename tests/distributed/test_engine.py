@@ -286,6 +286,7 @@ def evaluation_errors() -> list[str]:
         (my_slice(0), -1),
         (my_slice(0)[:0], 2),
         (my_slice(0)[:, :1], 2),
+        (torch.empty(0) if dist.get_rank() == 1 else my_slice(0), 2),
     ):
         try:
             engine.evaluate(samples, micro_batch)
@@ -300,8 +301,11 @@ def test_evaluations_that_cannot_be_are_an_error_on_every_rank(pools: Pools) -> 
             "evaluate: micro_batch = 0: must be at least 1 on every rank",
             "evaluate: micro_batch = -1: must be at least 1 on every rank",
             "evaluate: samples: no rank has any; give at least one rank one",
-            "evaluate: samples of 1 tokens on a rank: they have no target; give "
-            "[samples, sequence + 1] tokens",
+            *(
+                f"evaluate: samples of {length} tokens on a rank: they have no target; give "
+                "[samples, sequence + 1] tokens"
+                for length in (1, 0)
+            ),
         ]
 
 

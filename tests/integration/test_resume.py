@@ -399,7 +399,14 @@ def test_a_run_that_saved_nothing_starts_again_where_it_was_begun(
         base = (tmp_path / "base" / "checkpoints" / "step-2").resolve()
         assert f"continuing from {base}: step 2 of" in outcome.said
         shutil.rmtree(fork)
+    # What the folder has of another run is not the history of this one.
+    run_on(pools(2), tiny, where, "training.save_interval=0", stop_after=2)
+    shutil.rmtree(fork / "checkpoints")
+    assert {entry["step"] for entry in metrics(fork)} == {1, 2}
     run_on(pools(2), tiny, where, resume=str(tmp_path / "base"), stop_after=1)
+    assert {entry["step"] for entry in metrics(fork)} == {3}
+    run_on(pools(2), tiny, where, stop_after=1)
+    assert status(fork)["began_from"] == str(base)
     shutil.rmtree(fork / "checkpoints")
     shutil.rmtree(tmp_path / "base")
     for error in errors(pools(2), tiny, where):
@@ -470,7 +477,7 @@ def test_a_damaged_checkpoint_is_skipped(tiny: Tiny, pools: Pools, tmp_path: Pat
         for name in ("step-2", "step-3"):
             _flip(checkpoints / name / "rank-00000.safetensors", -999)
         for error in errors(pools(2), tiny, where, interval):
-            assert f"{folder}: no checkpoint is whole: skipped step-3: " in error
+            assert f"{checkpoints}: no checkpoint is whole: skipped step-3: " in error
             assert "skipped step-2: " in error
 
 
@@ -478,9 +485,7 @@ def test_a_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     """The run goes on, says so, leaves nothing half written, and saves again when it can."""
     where, often = f"training.run_dir={tmp_path / 'run'}", "training.save_interval=1"
     [outcome, _] = run_on(pools(2), tiny, where, often, full_disk=(3, 5))
-    assert (
-        outcome.said.count("warning: step 3: the save failed: rank 1: cannot read or write: ") == 1
-    )
+    assert outcome.said.count("warning: step 3: no checkpoint: rank 1: cannot read or write: ") == 1
     assert "File too large" in outcome.said
     entry = status(tmp_path / "run")
     assert (entry["state"], entry["checkpoint"]) == ("finished", "checkpoints/step-6")
@@ -555,7 +560,7 @@ def test_a_stop_waits_for_the_background(tiny: Tiny, pools: Pools, tmp_path: Pat
 def test_a_background_save_that_fails(tiny: Tiny, pools: Pools, tmp_path: Path) -> None:
     where = f"training.run_dir={tmp_path / 'run'}"
     [outcome, _] = run_on(pools(2), tiny, where, *ASYNC, full_disk=(3, 5), slow_disk=0.05)
-    assert "warning: step 3: the save failed: rank 1: cannot read or write: " in outcome.said
+    assert "warning: step 3: no checkpoint: rank 1: cannot read or write: " in outcome.said
     # Whether those next to it are written in time to fail depends on the machine.
     assert {"step-1", "step-5", "step-6"} <= set(shards(tmp_path / "run"))
     assert "step-3" not in shards(tmp_path / "run")

@@ -259,6 +259,13 @@ def test_other_settings_do_not_go_on(
     assert "complete already" in capsys.readouterr().out
     assert tokenize(source, tokenizer_folder, output, "--validation_fraction", 0.3) == 2
     assert "now it is 0.3" in capsys.readouterr().err
+    # A corpus from before a setting was noted.
+    noted = (output / "manifest.json").read_text()
+    older = json.loads(noted)
+    del older["settings"]["eos_id"]
+    (output / "manifest.json").write_text(json.dumps(older))
+    assert tokenize(source, tokenizer_folder, output, *SPLIT) == 0
+    (output / "manifest.json").write_text(noted)
     # The same pieces, but another of them ends documents.
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     settings = tmp_path / "tokenizer" / "tokenizer_config.json"

@@ -113,4 +113,7 @@ def test_a_pattern_without_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         parser.parse_args(["--source", *map(str, files)])
     said = capsys.readouterr().err
-    assert f"unrecognized arguments: {files[1]}; a pattern is given in quotes, for" in said
+    assert f"arguments: {files[1]}; if that is of a pattern, give the pattern in quotes;" in said
+    with pytest.raises(SystemExit):
+        parser.parse_args(["x" * 5000])
+    assert "unrecognized arguments: xxx" in capsys.readouterr().err

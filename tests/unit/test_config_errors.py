@@ -42,6 +42,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"amp": {}}, ["amp: removed from DeepSpeed", "use bf16"]),
     ({"communication_data_type": "fp16"}, ["communication_data_type", "not supported", "bf16"]),
     ({"optimizer.params.max_grad_norm": 1.0}, ["use gradient_clipping"]),
+    (
+        {"optimizer.params": {"foreach": True, "fused": True}},
+        ["optimizer.params.fused = true: cannot go with foreach = true"],
+    ),
     # types and ranges
     ({"train_batch_size": True}, ["train_batch_size = true: expected a positive integer"]),
     ({"train_batch_size": 0}, ["train_batch_size = 0: expected a positive integer"]),

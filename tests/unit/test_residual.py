@@ -199,7 +199,7 @@ def test_the_simulations_export_is_what_it_evaluates(tmp_path: Path) -> None:
     )
     no_data: Any = None
     schedule = schedule_from_config(run.sdp, 4, LAYERS, 1)
-    inputs = Inputs(llama(layers=LAYERS), schedule, resolve_batch(run, 4), no_data, None)
+    inputs = Inputs(llama(layers=LAYERS), schedule, resolve_batch(run, 4), no_data, None, {})
     backend = SimulationBackend(run, inputs, torch.device("cpu"))
     tokens = torch.arange(4 * 13).view(4, 13) * 7 % VOCABULARY
     backend.step(tokens)

@@ -58,7 +58,7 @@ def backend(**sdp: Any) -> SimulationBackend:
     )
     model, sizes = copy.deepcopy(MODEL), resolve_batch(run, WORLD_SIZE)
     schedule = run_schedule(run, model, sizes, WORLD_SIZE)
-    inputs = Inputs(model, schedule, sizes, None, None)  # type: ignore[arg-type]
+    inputs = Inputs(model, schedule, sizes, None, None, {})  # type: ignore[arg-type]
     return SimulationBackend(run, inputs, torch.device("cpu"))
 
 

@@ -90,15 +90,21 @@ def test_a_model_of_ones_own() -> None:
     check_skippable(Own(Own.OwnConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)))
 
 
-def test_a_model_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_run_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise KeyError("lang\nids")
 
     monkeypatch.setattr(transformers.LlamaModel, "forward", broken)
-    with pytest.raises(
-        ConfigError, match=r"'llama' cannot be run to see what they return: .*; use"
-    ):
-        check_skippable(_config("llama"))
+    check_skippable(_config("llama"))
+
+
+class NotOfItsConfigAlone(transformers.LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig, extra: int) -> None:
+        super().__init__(config)
+
+
+def test_a_model_that_cannot_be_made_anew() -> None:
+    check_skippable(NotOfItsConfigAlone(_config("llama"), 3))
 
 
 def test_where_blocks_are_skipped() -> None:

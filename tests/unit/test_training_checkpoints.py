@@ -13,7 +13,7 @@ import pytest
 
 from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.config import parse_config
-from sdp_llm.errors import ConfigError, TrainingStopped
+from sdp_llm.errors import ConfigError, TrainingStopped, UnnamedCheckpoint
 from sdp_llm.training.checkpoints import (
     check_space,
     checkpoint_bytes,
@@ -157,8 +157,9 @@ class Disk:
 
     rank, world_size = 0, 2
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: bool = False, is_latest_stuck: bool = False) -> None:
         self.fails = fails
+        self.is_latest_stuck = is_latest_stuck
         self.state: dict[str, Any] = {}
 
     def save(self, folder: Path, tag: str, state: dict) -> None:  # type: ignore[type-arg]
@@ -166,6 +167,8 @@ class Disk:
             raise ConfigError("rank 1: cannot write: full")
         (folder / tag).mkdir(parents=True)
         self.state = state
+        if self.is_latest_stuck:
+            raise UnnamedCheckpoint("rank 0: latest: cannot be written")
 
 
 def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
@@ -197,6 +200,22 @@ def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
     assert sum("warning" in line for line in said) == 1
 
 
+def test_a_checkpoint_that_latest_does_not_name_counts(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = saver(tmp_path, Disk(is_latest_stuck=True), said)
+    for step in range(1, 6):
+        assert job.save(Position(step=step)) is None
+    assert said[0] == "warning: step 1: rank 0: latest: cannot be written"
+    assert said[1].startswith("saved ")
+    entry = read_status(tmp_path / "run")
+    assert (entry["step"], entry["checkpoint"]) == (5, "checkpoints/step-5")
+    assert entry["warning"] == "step 5: rank 0: latest: cannot be written"
+    kept = parse_config({}).training.keep_last
+    assert steps_in(tmp_path / "run" / "checkpoints") == [*range(6 - kept, 6)]
+    job.save_and_stop(Position(step=5), 9)
+    assert said[-1].startswith("stopped at step 5 of 9")
+
+
 def test_a_checkpoint_has_the_position_and_the_facts(tmp_path: Path) -> None:
     disk = Disk()
     saver(tmp_path, disk, []).save(Position(step=7))
@@ -216,7 +235,7 @@ def test_a_save_that_fails_is_a_warning_or_the_end(tmp_path: Path) -> None:
     disk = Disk(fails=True)
     job = saver(tmp_path, disk, said)
     assert job.save(Position(step=3)) == "rank 1: cannot write: full"
-    assert said == ["warning: step 3: the save failed: rank 1: cannot write: full"]
+    assert said == ["warning: step 3: no checkpoint: rank 1: cannot write: full"]
     with pytest.raises(TrainingStopped, match="step 3: asked to stop, but cannot save: rank 1"):
         job.save_and_stop(Position(step=3), 9)
     disk.fails = False
@@ -236,7 +255,7 @@ def test_old_checkpoints_that_stay_are_a_warning_only(tmp_path: Path) -> None:
     assert job.save(Position(step=3)) is None
     saved, warning = said
     assert saved.startswith(f"saved {checkpoints / 'step-3'} in ")
-    rule = "step 3 is saved, but older checkpoints cannot be removed: rank 0: "
+    rule = "step 3: saved, but older checkpoints cannot be removed: rank 0: "
     assert warning.startswith(f"warning: {rule}")
     assert str(checkpoints / "step-1") in warning
     assert warning.endswith("; mend that before the disk is full: each save tries again")

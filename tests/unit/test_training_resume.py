@@ -33,7 +33,7 @@ def prepared(
     run = parse_config({**base, **sections})
     model, batch = LlamaConfig(num_hidden_layers=4), resolve_batch(run, 4)
     schedule = run_schedule(run, model, batch, 4)
-    return run, Inputs(model, schedule, batch, None, None, fingerprints=FINGERPRINTS)  # type: ignore[arg-type]
+    return run, Inputs(model, schedule, batch, None, None, FINGERPRINTS)  # type: ignore[arg-type]
 
 
 def said(
@@ -193,6 +193,12 @@ def test_another_length_of_a_budget_of_tokens_says_where_it_ends() -> None:
     assert lines[1].startswith("warning: the budget was 100 steps, it is 200 now")
     assert lines[2].startswith("warning: data.sequence_length = 1024 before, 512 now: the data")
     assert len(lines) == 3
+
+
+def test_fewer_tokens_are_only_another_budget() -> None:
+    before, now = (prepared(0, None, training={"tokens": n << 13}) for n in (100, 50))
+    [line] = said(before, now, 60)
+    assert line.startswith("warning: the budget was 100 steps, it is 50 now")
 
 
 THE_DATA_CHANGE = "the data change: samples are counted on, whatever they are"

@@ -126,8 +126,8 @@ def test_files_of_the_same_names_are_not_overwritten(tmp_path: Path, name: str) 
         with pytest.raises(ConfigError, match=f"has a {name} and no metrics.jsonl, so that it is"):
             RunFolder(run_at(path), SCHEDULE, is_writer=True, resume=resume)
     assert (path / name).read_text() == "a model's"
-    (path / name).unlink()
-    RunFolder(run_at(path), SCHEDULE, is_writer=True).begin()
+    (path / "checkpoints" / "step-1").mkdir(parents=True)  # it is a run's, whose metrics are gone
+    RunFolder(run_at(path), SCHEDULE, is_writer=True, resume="auto")
 
 
 def test_a_line_that_a_crash_left_is_forgotten(tmp_path: Path) -> None:

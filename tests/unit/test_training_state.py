@@ -92,6 +92,17 @@ def adam() -> torch.optim.Optimizer:
     return torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=0.5, betas=(0.7, 0.99))
 
 
+def test_a_cycle_that_would_end_before_the_run_is_an_error() -> None:
+    def cycle(total_steps: int) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(adam(), max_lr=0.5, total_steps=total_steps)
+
+    saved = {"scheduler": json.loads(json.dumps(cycle(10).state_dict()))}
+    check_scheduler(cycle(10), saved, FOLDER)
+    check_scheduler(cycle(5), saved, FOLDER)
+    with pytest.raises(ConfigError, match="a OneCycleLR of total_steps = 10, here it has 20; it"):
+        check_scheduler(cycle(20), saved, FOLDER)
+
+
 @pytest.mark.parametrize("name", CYCLING)
 def test_cycles_go_on_as_if_never_stopped(name: str) -> None:
     def seen(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> list[Any]:
@@ -187,7 +198,6 @@ def test_parameters_that_a_scheduler_does_not_take(
     ("kind", "params", "reason"),
     [
         ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires a momentum and zero"),
-        ("AdamW", {"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True`"),
     ],
 )
 def test_parameters_that_an_optimizer_does_not_take(

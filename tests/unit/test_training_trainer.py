@@ -95,7 +95,7 @@ def trainer(
     )
     schedule = schedule_from_config(run.sdp, backend.world_size, 4, steps)
     batch = resolve_batch(run, backend.world_size)
-    inputs = Inputs(LlamaConfig(num_hidden_layers=4), schedule, batch, dataset, dataset)
+    inputs = Inputs(LlamaConfig(num_hidden_layers=4), schedule, batch, dataset, dataset, {})
     return Trainer(run, inputs, backend, RunFolder(run, schedule, is_writer=True), steps)
 
 
