@@ -209,6 +209,21 @@ def test_what_an_optimizer_function_makes_is_checked_at_the_start(
         assert bool(found) == bool(message)
 
 
+def error_of_a_change() -> str:
+    """Run on a rank: the error of a change of plan with groups in another order."""
+    engine = initialize(llama(), run_config(Case(2)), optimizer=other_order, total_num_steps=8)[0]
+    try:
+        engine.change_plan(make_plan(2, 6, owners_per_block=2), "forward")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_what_arrives_needs_the_groups_that_were_given(pools: Pools) -> None:
+    for message in pools(2).run(error_of_a_change):
+        assert message.startswith("rank 0: change_plan: the optimizer has other parameter groups")
+
+
 def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     """Run on a rank: the ConfigError of a wrong call."""
     model = LlamaForCausalLM(llama())

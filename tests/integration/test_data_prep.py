@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 
 from data_prep import inspect_data, python_corpus, tokenize_fineweb, train_tokenizer
-from data_prep._common import new_output
+from data_prep._common import is_own, new_output
 from data_prep._encoding import Encoder
 from data_prep._pieces import Limits
 from data_prep._tokenizer import encode_plain, load_tokenizer
@@ -196,6 +196,13 @@ def test_an_output_appears_complete_or_not_at_all(tmp_path: Path) -> None:
             pass
     assert [path.name for path in output.iterdir()] == ["x"]
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_what_was_begun_before_there_was_a_mark_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "state.json").touch()
+    assert not is_own(tmp_path)
+    (tmp_path / "pieces").mkdir()
+    assert is_own(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "file"])
