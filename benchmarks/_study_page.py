@@ -51,7 +51,7 @@ def _tables() -> dict[str, Callable[[Results], str]]:
     smaller = [c for c in QUESTIONS[2] if c.kind == DENSE and c.dense_steps == STEPS]
     half = [
         case
-        for case in QUESTIONS[8]
+        for case in dict.fromkeys(QUESTIONS[8])
         if case.kind in (DENSE, HALF) and case.reference is None and case.model != LARGER_START
     ]
     wide = [c for c in QUESTIONS[8] if dense_of(c).model == WIDE]

@@ -14,6 +14,8 @@ from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, sweep
 from benchmarks._study_results import TOGETHER, Results, write_together
 from benchmarks._study_rows import Row, dense_of, rows_of, table
 
+# Of the dense run per parameter, in the trend of longer runs: with fewer, it has hardly begun.
+FEWEST_TOKENS = 2
 FRONT = 9  # the question that all runs of the base model answer together
 _ABOUT = (
     "Whole-model validation loss in nats per token, mean and standard error over seeds; the gap "
@@ -182,22 +184,37 @@ def _trend(rows: Sequence[Row], folder: Path, question: int) -> list[str]:
         "tokens per parameter": lambda row: f"{row.case.tokens() / row.cost.parameters:.1f}",
     }
     parts.append(table(rows, extra))
-    found, at_equal_tokens = gap_trend(rows), gap_trend(rows, is_per_parameter=False)
-    if found is not None and at_equal_tokens is not None:
-        terms = [*zip(found.names, found.values, found.errors, strict=True)]
-        size = found.names.index("size")
-        terms.append(
-            ("size, as many tokens", at_equal_tokens.values[size], at_equal_tokens.errors[size])
-        )
-        cells = [[name, f"{value:+.4f}", f"{error:.4f}"] for name, value, error in terms]
+    trained = [row for row in rows if _scales(dense_of(row.case), True)[2] >= FEWEST_TOKENS]
+    fits = {"all pairs": _terms(rows), "longer runs": _terms(trained)}
+    columns = [fit for fit in fits.values() if fit]
+    if columns:
         parts.append(
-            f"The gap in nats per token at the base model, and how each doubling of parameters, "
-            f"depth and tokens per parameter changes it: least squares over {found.count} pairs "
-            f"of runs, whose residuals scatter by {found.scatter:.4f}. Size changes at as many "
-            "tokens per parameter, in the last row at as many tokens."
+            "The gap in nats per token at the base model, and how each doubling of parameters, "
+            "depth and tokens per parameter changes it, by least squares with standard errors. "
+            "Size changes at as many tokens per parameter, but for the row that says otherwise. "
+            f"Longer runs have at least {FEWEST_TOKENS} tokens per parameter; the scatter is that "
+            "of the residuals."
         )
-        parts.append(markdown_table(["term", "coefficient", "standard error"], cells))
+        cells = [[name, *(column[name] for column in columns)] for name in columns[0]]
+        parts.append(markdown_table(["term", *(name for name, fit in fits.items() if fit)], cells))
     return parts
+
+
+def _terms(rows: Sequence[Row]) -> dict[str, str]:
+    """The coefficients of :func:`gap_trend`, by name; empty where there are too few pairs."""
+    found, at_equal_tokens = gap_trend(rows), gap_trend(rows, is_per_parameter=False)
+    if found is None or at_equal_tokens is None:
+        return {}
+    size = found.names.index("size")
+    terms = [*zip(found.names, found.values, found.errors, strict=True)]
+    terms.append(
+        ("size, as many tokens", at_equal_tokens.values[size], at_equal_tokens.errors[size])
+    )
+    return {
+        **{name: f"{value:+.4f} ± {error:.4f}" for name, value, error in terms},
+        "scatter": f"{found.scatter:.4f}",
+        "pairs": str(found.count),
+    }
 
 
 _Section = Callable[[Sequence[Row], Path, int], list[str]]
