@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +46,12 @@ def routed(simulation: Simulation, samples: int) -> Iterator[None]:
     whole = list(blocks)
     world = range(simulation.plan.world_size)
     is_backward = simulation.masking == "backward"
+    device = next(simulation.model.parameters()).device
     for b, owners in enumerate(simulation.plan.owner_sets):
         if len(owners) < len(world):
-            own = _rows(owners, samples)
-            others = _rows([rank for rank in world if rank not in owners], samples)
+            own = _rows(owners, samples, device)
+            absent = [rank for rank in world if rank not in owners]
+            others = _rows(absent, samples, device)
             blocks[b] = RoutedBlock(whole[b], own, others, is_backward)
     try:
         yield
@@ -58,8 +60,9 @@ def routed(simulation: Simulation, samples: int) -> Iterator[None]:
             blocks[b] = block
 
 
-def _rows(ranks: Any, samples: int) -> Tensor:
-    return torch.tensor([rank * samples + i for rank in ranks for i in range(samples)])
+def _rows(ranks: Sequence[int], samples: int, device: torch.device) -> Tensor:
+    rows = [rank * samples + i for rank in ranks for i in range(samples)]
+    return torch.tensor(rows, device=device)
 
 
 def accumulate(

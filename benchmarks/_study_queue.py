@@ -47,6 +47,7 @@ class Settings:
         questions: in order of their importance.
         seeds: of every case.
         workers: runs at a time.
+        device: "cpu", a core for each run, or "cuda", which all runs share.
     """
 
     data: Path
@@ -54,6 +55,7 @@ class Settings:
     questions: Sequence[int]
     seeds: int
     workers: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _start(settings: Settings, run: Run, lock: int) -> _Child:
             stdout=file,
             stderr=subprocess.STDOUT,
             pass_fds=[lock],
-            env=os.environ | _MALLOC | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env=os.environ | _MALLOC | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": settings.device},
         )
     return _Child(run, process, time.monotonic())
 

@@ -23,6 +23,7 @@ from sdp_llm.optim import build_optimizer, build_scheduler
 from sdp_llm.plan import analyze
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.backends import SimulationBackend, Step
+from sdp_llm.training.environment import device_type
 from sdp_llm.training.inputs import Inputs, load_inputs
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.trainer import Trainer
@@ -42,7 +43,7 @@ class StudyBackend(SimulationBackend):
     def __init__(
         self, run: RunConfig, inputs: Inputs, is_probed: bool, late_rate: LateRate | None = None
     ) -> None:
-        super().__init__(run, inputs, torch.device("cpu"))
+        super().__init__(run, inputs, torch.device(device_type()))
         simulation = self._simulation
         simulation.accumulate = lambda batch, micro: accumulate(simulation, batch, micro)
         torch.manual_seed(module_seed(run.training.seed, "dropout"))
@@ -52,7 +53,8 @@ class StudyBackend(SimulationBackend):
         assert inputs.validation is not None
         indices = validation_samples(inputs.validation, PROBE_SAMPLES)
         usable = len(indices) // WORLD_SIZE * WORLD_SIZE
-        self._probe = torch.from_numpy(inputs.validation.batch(indices[:usable]))
+        probe = torch.from_numpy(inputs.validation.batch(indices[:usable]))
+        self._probe = probe.to(self._device)
 
     def rescale_free_blocks(self, run: RunConfig, factor: float) -> None:
         """Begin anew with an optimizer whose learning rate for free blocks is ``factor`` times."""
@@ -130,12 +132,17 @@ def train(study_run: Run, data: Path, output: Path, is_probed: bool) -> dict[str
         "alignment": backend.alignment,
         "cpu_seconds": round(seconds, 1),
         "config": config,
+        "device": _device_name(),
         **provenance(),
     }
     path = result_path(output, study_run)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if device_type() == "cuda" else "cpu"
 
 
 def _logged(run_dir: Path) -> tuple[list[dict[str, float]], float]:

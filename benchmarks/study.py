@@ -1,4 +1,4 @@
-r"""Does Subnetwork Data Parallelism train as well as plain data parallelism? Small models, one CPU.
+r"""Does Subnetwork Data Parallelism train as well as plain data parallelism? Small models.
 
 python data_prep/train_tokenizer.py --input FINEWEB.parquet --vocab_size 2048 --output TOKENIZER
 python data_prep/tokenize_fineweb.py --source FINEWEB.parquet --tokenizer TOKENIZER \
@@ -8,11 +8,11 @@ python benchmarks/study.py report --output runs/study --pages docs/study --fill 
 
 `run` trains what is missing, one process per run, and may be killed and started again; a file
 named `stop` in the output folder lets it end after the runs that are under way. Each run takes
-the way of launch/simulate.py, with all workers in one pass, and its `runs/ID/config.json` trains
-there again: launch/simulate.py --deepspeed_config FILE --world_size 8 --set training.run_dir=NEW
-(but for another learning rate of free blocks or of a last phase, which only the study knows).
-`report` also writes all runs into one file, runs.jsonl; in the folder of a study it stands for the
-runs.
+the way of launch/simulate.py, with all workers in one pass, on the CPU or on one GPU (--device
+cuda), and its `runs/ID/config.json` trains there again: launch/simulate.py --deepspeed_config FILE
+--world_size 8 --set training.run_dir=NEW (but for another learning rate of free blocks or of a last
+phase, which only the study knows). `report` also writes all runs into one file, runs.jsonl; in the
+folder of a study it stands for the runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
+
+import torch
 
 from benchmarks._command import run_command
 from benchmarks._study_cases import Run
@@ -96,12 +98,14 @@ def report(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     _check_data(arguments.data)
+    _check_device(arguments.device)
     return Settings(
         arguments.data.absolute(),
         arguments.output.absolute(),
         arguments.questions,
         arguments.seeds,
         arguments.workers,
+        arguments.device,
     )
 
 
@@ -111,6 +115,11 @@ def _check_data(data: Path) -> None:
             f"--data {data}: no tokenized corpus with a validation split there; make one with "
             "data_prep/tokenize_fineweb.py --validation_fraction 0.05"
         )
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; leave it out for the CPU")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
             add("--questions", type=int, nargs="+", choices=sorted(QUESTIONS), default=ORDER)
             add("--seeds", type=int, default=3, help="of every case")
             add("--workers", type=int, default=2, help="runs at a time")
+            add("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs")
     return parser
 
 

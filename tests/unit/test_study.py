@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks import _study_report, study
+from benchmarks import _study_queue, _study_report, study
 from benchmarks._record import ROOT
 from benchmarks._study_alignment import alignment, cosine
 from benchmarks._study_cases import (
@@ -47,7 +47,7 @@ from benchmarks._study_plan import (
     sweep,
     tier,
 )
-from benchmarks._study_queue import Settings, missing
+from benchmarks._study_queue import Settings, missing, train_missing
 from benchmarks._study_report import gap_trend
 from benchmarks._study_results import (
     TOGETHER,
@@ -266,6 +266,17 @@ def test_alignment_leaves_the_simulation_as_it_was() -> None:
     assert len(found["forward"]["ranks"]) == WORLD_SIZE
 
 
+def test_tensors_are_made_where_the_model_is() -> None:
+    """As a model on a GPU needs it: nothing lands on the default device."""
+    simulation = _simulation("1/2", "forward", 1)
+    batch = torch.randint(0, 64, (WORLD_SIZE, 9), generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        simulation.accumulate(batch)
+        found = alignment(simulation, batch, 1)
+        simulation.step(batch)
+    assert math.isfinite(found["forward"]["ranks"][0])
+
+
 def test_the_cosine_of_parts_is_that_of_the_whole() -> None:
     a, b = torch.arange(1.0, 7.0), torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0, -2.0])
     parts = [(p @ q, p @ p, q @ q) for p, q in zip(a.split(2), b.split(2), strict=True)]
@@ -433,6 +444,30 @@ def test_runs_in_one_file_are_results_again(results: Results, tmp_path: Path) ->
     run = Run(Case(BASE, DENSE, STEPS), 0.004, 0)
     assert found.by_run[run]["loss"] == results.by_run[run]["loss"]
     assert "config" not in found.by_run[run]
+
+
+def test_runs_are_on_the_device_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Mock()
+    started.return_value.poll.return_value = 1
+    monkeypatch.setattr(_study_queue.subprocess, "Popen", started)
+    for device in ("cpu", "cuda"):
+        assert train_missing(Settings(tmp_path, tmp_path / device, [7], 1, 1, device))
+        found = [call.kwargs["env"]["DS_ACCELERATOR"] for call in started.call_args_list]
+        assert set(found) == {device}
+        started.reset_mock()
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "validation_text_document.idx").touch()
+    arguments = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--device", "cuda"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", *arguments])
+    assert study.main() == 2
+    assert "error: --device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_a_report_without_matplotlib_is_one_line(
