@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,13 @@ def tokens_of(record: Record) -> list[float]:
 
 def seconds_of(record: Record) -> list[float]:
     """The time in optimizer steps, at each line."""
-    new = np.diff([0.0, *tokens_of(record)])
-    speeds = [float(entry["tokens_per_second"]) for entry in record.training]
-    return list(accumulate(n / speed for n, speed in zip(new, speeds, strict=True)))
+    return [float(entry["seconds"]) for entry in record.training]
 
 
 def flops_of(record: Record) -> list[float] | None:
-    """The operations of all ranks together, at each line; None where none are predicted."""
-    phases = record.prediction.get("phases", [])
-    numbers = [int(entry.get("phase", 1)) for entry in record.training]
-    if not phases or max(numbers, default=1) > len(phases):
-        return None
-    means = [float(np.mean(phase["flops_per_token"])) for phase in phases]
-    new = np.diff([0.0, *tokens_of(record)])
-    return list(accumulate(n * means[i - 1] for n, i in zip(new, numbers, strict=True)))
+    """The operations of all ranks together, at each line; None where they are not known."""
+    found = [entry["flops"] for entry in record.training]
+    return None if None in found else [float(flops) for flops in found]
 
 
 def progress_of(record: Record, axis: str) -> list[float] | None:

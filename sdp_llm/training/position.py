@@ -11,7 +11,8 @@ class Position:
 
     ``samples`` (and ``tokens``) consumed say which data come next, at any world size and batch;
     ``skipped`` counts the steps with non-finite gradients, ``skipped_in_a_row`` the last of them;
-    ``seconds`` is the time spent in steps; ``validated`` the step of the last validation.
+    ``seconds`` is the time spent in steps, ``flops`` the operations of all ranks, as far as their
+    number is known; ``validated`` is the step of the last validation.
     """
 
     step: int = 0
@@ -20,4 +21,5 @@ class Position:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     validated: int = 0

@@ -35,6 +35,10 @@ class Prediction:
         plan, masking = self.schedule.at(step)
         return rank_memory(self.size, plan, replace(self.setup, masking=masking), rank)
 
+    def flops_per_token(self, phase: Phase) -> float:
+        """Operations in the mean over the ranks, forward and backward."""
+        return sum(self._flops_per_token(phase)) / self.schedule.world_size
+
     def as_dict(self) -> dict[str, Any]:
         """What the run folder keeps as ``prediction.json``: lists by rank, in each phase."""
         return {
@@ -57,10 +61,13 @@ class Prediction:
                 round(sent)
                 for sent in changes_per_step(self.size, self.schedule, phase, self.setup)
             ],
-            "flops_per_token": [
-                rank_flops_per_token(self.size, plan, setup, rank) for rank in ranks
-            ],
+            "flops_per_token": self._flops_per_token(phase),
         }
+
+    def _flops_per_token(self, phase: Phase) -> list[float]:
+        setup = replace(self.setup, masking=phase.masking)
+        ranks = range(self.schedule.world_size)
+        return [rank_flops_per_token(self.size, phase.plan, setup, rank) for rank in ranks]
 
 
 def predict(run: RunConfig, inputs: Inputs) -> Prediction | ConfigError:

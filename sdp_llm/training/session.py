@@ -109,7 +109,17 @@ def _train_from(
         saved_step = position.step if newest else None
         saver = _saver(run, inputs, backend, folder, status, say, size, saved_step)
         memory_check = _memory_check(prediction, backend, folder, say)
-        trainer = Trainer(run, inputs, backend, folder, steps, saver, position, memory_check)
+        trainer = Trainer(
+            run,
+            inputs,
+            backend,
+            folder,
+            steps,
+            saver=saver,
+            position=position,
+            prediction=prediction,
+            memory_check=memory_check,
+        )
         if trainer.fit():
             status.write(state=FINISHED, step=trainer.step)
             say(closing_lines(trainer))

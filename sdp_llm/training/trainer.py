@@ -11,7 +11,7 @@ from torch import Tensor
 from sdp_llm.activity import ACTIVITY, DATA, LOG, VALIDATE
 from sdp_llm.config import RunConfig
 from sdp_llm.data.sampler import rank_slice, validation_samples
-from sdp_llm.errors import Interrupted
+from sdp_llm.errors import ConfigError, Interrupted
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.plan import Phase
 from sdp_llm.training.backends import Backend, Step
@@ -22,6 +22,7 @@ from sdp_llm.training.inputs import Inputs, load_tokenizer, target_bytes
 from sdp_llm.training.memory import MemoryCheck
 from sdp_llm.training.metrics import Meter
 from sdp_llm.training.position import Position
+from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.progress import HEADER_EVERY, LogLine, ProgressBar, format_line, header, say
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.saver import Saver
@@ -34,6 +35,7 @@ class Trainer:
     :param total_steps: optimizer steps of the budget, with those before ``position``.
     :param saver: writes checkpoints; None: there are none.
     :param position: how far the backend has come.
+    :param prediction: counts the operations; without one they are not known.
     :param memory_check: looks at the first steps; None: nothing is compared.
     """
 
@@ -46,6 +48,7 @@ class Trainer:
         total_steps: int,
         saver: Saver | None = None,
         position: Position | None = None,
+        prediction: Prediction | ConfigError | None = None,
         memory_check: MemoryCheck | None = None,
     ) -> None:
         assert run.data is not None
@@ -60,6 +63,8 @@ class Trainer:
         self._saver = saver
         self._memory_check = memory_check
         self._phase: Phase | None = None
+        self._prediction = prediction if isinstance(prediction, Prediction) else None
+        self._flops_per_token = 0.0
         self._meter = Meter()
         self._health = Health(run, inputs, backend, folder, self.say, self.position)
         self._lines = 0
@@ -110,7 +115,9 @@ class Trainer:
         self.position.step += 1
         ACTIVITY.end_step(self.step)
         self.position.samples += batch
-        self.position.tokens += batch * self.inputs.train.sequence_length
+        tokens = batch * self.inputs.train.sequence_length
+        self.position.tokens += tokens
+        self.position.flops += tokens * self._flops_per_token
         self._count_skipped(result)
         if result.is_skipped and self._saver is not None:
             self._saver.finish()  # what was begun before is there, should the run stop now
@@ -139,6 +146,8 @@ class Trainer:
     def _enter(self, phase: Phase) -> None:
         """Say which phase comes, where there are several."""
         self._phase = phase
+        if self._prediction is not None:
+            self._flops_per_token = self._prediction.flops_per_token(phase)
         phases = self.inputs.schedule.phases
         if len(phases) > 1:
             number = phases.index(phase) + 1
@@ -220,9 +229,18 @@ class Trainer:
         self.say(format_line(line))
         self._bar.show(line)
         self._lines += 1
-        counts = {"samples": self.position.samples, "tokens": self.position.tokens}
-        self.folder.log({**asdict(line), **counts})
+        self.folder.log({**asdict(line), **self._counts()})
         self.backend.monitor(line.monitored(), self.position.samples)
+
+    def _counts(self) -> dict[str, float | None]:
+        """What the metrics have since the first step; ``flops`` is None where it is not known."""
+        position = self.position
+        return {
+            "samples": position.samples,
+            "tokens": position.tokens,
+            "seconds": position.seconds,
+            "flops": None if self._prediction is None else position.flops,
+        }
 
     def say(self, text: str) -> None:
         """Print on rank 0."""

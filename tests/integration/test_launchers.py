@@ -226,6 +226,9 @@ def test_the_memory_is_what_was_predicted(run: Run) -> None:
     ranks = [{name: rank[name] for name in predicted} for rank in phase["memory_bytes"]]
     assert ranks[entry["memory/rank"]] == predicted
     assert len(phase["flops_per_token"]) == 2
+    last = [e for e in run.metrics() if "loss" in e][-1]
+    expected = last["tokens"] * sum(phase["flops_per_token"]) / 2
+    assert last["flops"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_gradients_are_compared_now_and_then(run: Run) -> None:

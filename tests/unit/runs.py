@@ -10,7 +10,7 @@ from typing import Any
 from sdp_llm.plan import Phase, Schedule, make_plan
 
 WORLD_SIZE, BLOCKS, TOKENS_PER_STEP = 4, 6, 100
-FLOPS_PER_TOKEN = [3e9, 2e9, 2e9, 1e9]
+FLOPS_PER_TOKEN = 2e9
 
 
 def training_line(step: int, **changes: Any) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def training_line(step: int, **changes: Any) -> dict[str, Any]:
         "memory_peak": [2**29, 2**30],
         "eta": 80.0,
         "tokens": step * TOKENS_PER_STEP,
+        "seconds": step * TOKENS_PER_STEP / 50.0,
+        "flops": step * TOKENS_PER_STEP * FLOPS_PER_TOKEN,
     }
     return line | changes
 
@@ -80,6 +82,8 @@ def make_run(
         phases = {step: 1 if step <= 10 else 2 for step in range(5, 41, 5)}
         lines = [MEMORY_LINE, *(training_line(s, phase=p) for s, p in phases.items())]
         lines += [validation_line(40, 4.5), gradients_line(40)]
+    if not is_known:
+        lines = [{**line, "flops": None} if "loss" in line else line for line in lines]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     phases_of_plan = [phase.as_dict() for phase in two_phases().phases]
@@ -91,9 +95,8 @@ def make_run(
     }
     if is_known:
         memory = {"weights": 2**30, "gradients": 0, "optimizer": 0, "transient": 0}
-        phase = {"flops_per_token": FLOPS_PER_TOKEN, "memory_bytes": [memory] * WORLD_SIZE}
-        cheap = {**phase, "flops_per_token": [flops / 2 for flops in FLOPS_PER_TOKEN]}
-        files["prediction"] = {"device": device, "parameters": 3_150_000, "phases": [phase, cheap]}
+        phases_of_cost = [{"memory_bytes": [memory] * WORLD_SIZE}] * 2
+        files["prediction"] = {"device": device, "parameters": 3_150_000, "phases": phases_of_cost}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -136,7 +136,7 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     assert row["validation loss"] == ("4.5000", "step 40\n2.5000 bits/byte")
     assert row["training loss"] == ("4.0000", "step 40")
     assert row["tokens"] == ("4 K", "50 per second")
-    assert row["compute"] == ("5 TFLOPs", "all ranks")
+    assert row["compute"] == ("8 TFLOPs", "all ranks")
     assert row["time in steps"] == ("0:01:20", "")
     assert row["memory of a rank"] == ("5.00 MiB", "model state of rank 3\n4.00 MiB predicted")
     assert row["spread of losses"] == ("0.7500", "between ranks\nrank 3 highest in 100%")

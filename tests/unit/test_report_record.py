@@ -10,7 +10,7 @@ import pytest
 
 from sdp_llm.errors import ConfigError
 from sdp_llm.report.chart import Series, is_log_better, runs_of_finite, thinned
-from sdp_llm.report.figures import FLOPS, TOKENS, loss_charts, progress_of, step_charts
+from sdp_llm.report.figures import FLOPS, HOURS, TOKENS, loss_charts, progress_of, step_charts
 from sdp_llm.report.record import read_run, read_runs
 from tests.unit.runs import make_run, training_line, validation_line
 
@@ -74,14 +74,13 @@ def test_names_are_as_long_as_tells_them_apart(tmp_path: Path) -> None:
 # -- charts ---------------------------------------------------------------------------------------
 
 
-def test_compute_counts_each_phase_by_its_own_cost(tmp_path: Path) -> None:
-    record = read_run(make_run(tmp_path), "run")
-    # 2e9 operations per token in the mean of the ranks, half of them from step 10 on.
-    assert progress_of(record, FLOPS) == [
-        pytest.approx(100 * (min(step, 10) * 2e9 + max(step - 10, 0) * 1e9))
-        for step in range(5, 41, 5)
-    ]
-    assert progress_of(record, TOKENS) == [100.0 * step for step in range(5, 41, 5)]
+def test_progress_is_what_the_lines_have_counted(tmp_path: Path) -> None:
+    """Also those of a run that began elsewhere, or under another plan."""
+    lines = [training_line(10, flops=5e9), training_line(20, flops=6e9, seconds=90.0)]
+    record = read_run(make_run(tmp_path, lines), "run")
+    assert progress_of(record, FLOPS) == [5e9, 6e9]
+    assert progress_of(record, TOKENS) == [1000.0, 2000.0]
+    assert progress_of(record, HOURS) == [20.0 / 3600, 90.0 / 3600]
 
 
 def test_a_run_of_unknown_cost_has_no_axis_of_compute(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from transformers import LlamaConfig
 from sdp_llm.cli import run_command
 from sdp_llm.config import parse_config, resolve_batch
 from sdp_llm.data import IndexedDataset, IndexedDatasetWriter, PackedDataset, samples_at
-from sdp_llm.errors import TrainingStopped
+from sdp_llm.errors import ConfigError, TrainingStopped
 from sdp_llm.evaluation import Evaluation
 from sdp_llm.plan import schedule_from_config
 from sdp_llm.training.backends import Step
 from sdp_llm.training.inputs import Inputs, target_bytes
 from sdp_llm.training.position import Position
+from sdp_llm.training.prediction import Prediction
 from sdp_llm.training.progress import HEADER_EVERY, header
 from sdp_llm.training.run_folder import RunFolder
 from sdp_llm.training.trainer import Trainer
@@ -81,6 +83,7 @@ def trainer(
     backend: Notes,
     steps: int = 10,
     sdp: Mapping[str, Any] | None = None,
+    prediction: Prediction | ConfigError | None = None,
     **training: Any,
 ) -> Trainer:
     run = parse_config(
@@ -96,7 +99,8 @@ def trainer(
     schedule = schedule_from_config(run.sdp, backend.world_size, 4, steps)
     batch = resolve_batch(run, backend.world_size)
     inputs = Inputs(LlamaConfig(num_hidden_layers=4), schedule, batch, dataset, dataset, {})
-    return Trainer(run, inputs, backend, RunFolder(run, schedule, is_writer=True), steps)
+    run_folder = RunFolder(run, schedule, is_writer=True)
+    return Trainer(run, inputs, backend, run_folder, steps, prediction=prediction)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -239,6 +243,29 @@ def test_a_phase_is_announced_and_its_end_logged(
     ]
     after = [printed[i + 1].split()[0] for i in announced.values()]
     assert after == ["step", "7/10", "8/10"]
+
+
+def test_operations_are_counted_by_phase(dataset: PackedDataset, tmp_path: Path) -> None:
+    """And go on from those of the position, which another plan may have taken."""
+    starts = {0: 10.0, 6: 20.0, 7: 30.0}
+    prediction = Mock(spec=Prediction)
+    prediction.flops_per_token.side_effect = lambda phase: starts[phase.start]
+    job = trainer(dataset, tmp_path, Notes(), sdp=PHASES, prediction=prediction)
+    job.position = Position(step=5, samples=5 * BATCH, flops=1e6)
+    job.fit()
+    lines = [e for e in metrics(tmp_path) if "loss" in e]
+    added = [10.0, 10.0 + 20.0, 10.0 + 20.0 + 30.0, 10.0 + 20.0 + 3 * 30.0]
+    assert [(e["step"], e["flops"] - 1e6) for e in lines] == [
+        (step, BATCH * SEQUENCE * flops) for step, flops in zip((6, 7, 8, 10), added, strict=True)
+    ]
+    assert [e["seconds"] for e in lines] == sorted(e["seconds"] for e in lines)
+
+
+def test_operations_that_nobody_predicts_are_not_known(
+    dataset: PackedDataset, tmp_path: Path
+) -> None:
+    trainer(dataset, tmp_path, Notes(), prediction=ConfigError("experts")).fit()
+    assert {e["flops"] for e in metrics(tmp_path) if "loss" in e} == {None}
 
 
 def test_a_run_that_goes_on_says_its_phase(
