@@ -21,7 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
+from benchmarks._command import run_command
 from benchmarks._record import ROOT, write_results
+from sdp_llm.errors import ConfigError
+from sdp_llm.report.png import require_matplotlib
 
 _POLL_S = 0.2
 
@@ -84,9 +87,10 @@ def draw(curves: dict[str, dict[int, float]], stopped: int, path: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train the three runs, compare and draw them."""
+    require_matplotlib("resume")  # before what takes long
     folder = Path(arguments.folder).absolute()
     if folder.exists():
-        raise SystemExit(f"resume: error: --folder {folder}: exists; remove or rename it")
+        raise ConfigError(f"--folder {folder}: exists; remove or rename it")
     straight, resumed, other = (folder / name for name in ("straight", "resumed", "other"))
     finish(start(arguments, straight, arguments.ranks))
     stopped = stop_half_way(arguments, resumed)
@@ -118,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    about = __doc__.split("\n\n")[0] if __doc__ else None
+    parser = argparse.ArgumentParser("resume", description=about)
     parser.add_argument("--deepspeed_config", default="configs/demo.json")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--ranks", type=int, default=4)
@@ -126,8 +131,7 @@ def main() -> int:
     parser.add_argument("--folder", default="runs/resume", help="for the three runs; must be new")
     parser.add_argument("--output", type=Path, required=True, help="JSON; page and picture beside")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    run(parser.parse_args())
-    return 0
+    return run_command(parser, run)
 
 
 if __name__ == "__main__":
