@@ -163,6 +163,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     },
     "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
     "forward 1/4, scale eval": {"coverage": "1/4", "residual_scale": "eval"},
+    "forward 1/8, scale eval": {"coverage": "1/8", "residual_scale": "eval"},
     **{
         f"forward 1/2, rotated every {steps}, last {share:.0%} full": phases(
             (1 - share, {"rotate_every": steps}), (1.0, _FULL)

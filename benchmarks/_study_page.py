@@ -9,11 +9,13 @@ from dataclasses import replace
 from benchmarks._record import markdown_table
 from benchmarks._study_cases import DENSE, HALF, Case, Model
 from benchmarks._study_plan import (
+    BASE,
     COMPARED,
     LARGER_START,
     PRESETS,
     QUESTIONS,
     STEPS,
+    TUNED,
     WIDE,
     WIDEST,
 )
@@ -28,6 +30,9 @@ _SHOWN = (
 )
 _BUDGET: Mapping[str, Callable[[Row], str]] = {
     "budget": lambda row: f"{row.case.dense_steps:,}",
+}
+_RATE: Mapping[str, Callable[[Row], str]] = {
+    "rate": lambda row: f"{next(iter(row.by_seed.values()))['rate']:g}",
 }
 _MODEL: Mapping[str, Callable[[Row], str]] = {
     "model": lambda row: str(row.case.model),
@@ -61,6 +66,8 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "flops": lambda results: _by_loss([*flops, *smaller], results),
         "steps": lambda results: _by_loss(steps, results),
         "budgets": lambda results: _by_budget(QUESTIONS[2], results),
+        "tuned": lambda results: _tuned(BASE, results),
+        "tuned-wide": lambda results: _tuned(WIDE, results),
         "drops": lambda results: _by_loss(QUESTIONS[3], results),
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
         "schedules": lambda results: _by_loss(QUESTIONS[5], results),
@@ -114,6 +121,12 @@ def _by_loss(
 ) -> str:
     rows = rows_of(dict.fromkeys(cases), results)
     return _rows(sorted(rows, key=lambda row: row.loss.value), extra)
+
+
+def _tuned(model: Model, results: Results) -> str:
+    cases = [case for case in TUNED if dense_of(case).model == model]
+    rows = rows_of(cases, results, are_tuned=True)
+    return _rows(sorted(rows, key=lambda row: row.loss.value), _RATE)
 
 
 def _by_budget(cases: Sequence[Case], results: Results) -> str:

@@ -45,7 +45,8 @@ GRIDS: Mapping[tuple[Model, str], tuple[tuple[float, ...], int]] = {
 }
 SWEEP = 0
 
-Rates = Mapping[tuple[Model, str], float]
+# By model and family, and by case where it has a rate of its own.
+Rates = Mapping[tuple[Model, str] | Case, float]
 
 
 def learning_rate(case: Case, rates: Rates) -> float | None:
@@ -72,18 +73,24 @@ def sweep(model: Model, family: str) -> list[Run]:
     return [Run(Case(model, family, steps), rate, 0) for rate in rates]
 
 
+def own_sweep(case: Case) -> list[Run]:
+    """The runs that choose the learning rate of one of ``TUNED``."""
+    return [Run(case, rate, 0) for rate in OWN_RATES]
+
+
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
     return [Case(BASE, kind, STEPS, **budget) for kind in kinds]
 
 
-def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE) -> Case:
-    """A dense model with fewer blocks, at as many operations as the model's steps."""
-    return Case(replace(model, blocks=blocks), DENSE, steps, reference=model)
+def _smaller(blocks: int, steps: int = STEPS, model: Model = BASE, kind: str = DENSE) -> Case:
+    """A model with fewer blocks, at as many operations as the dense steps of ``model``."""
+    return Case(replace(model, blocks=blocks), kind, steps, reference=model)
 
 
 _GROWING = "forward 1/4, 1/2, full, a third each"
 _LATE_FULL = "forward 1/4, last 20% full"
 _SCALED = "forward 1/4, scale eval"
+_EIGHTH = "forward 1/8, scale eval"
 # What is compared at a longer budget, too.
 _BOTH = (
     *(HALF, "forward 1/4", _SCALED),
@@ -91,7 +98,7 @@ _BOTH = (
 )
 _LONG = (
     Case(BASE, DENSE, LONG),
-    _smaller(5, LONG),
+    *(_smaller(blocks, LONG) for blocks in (5, 4, 3, 2)),
     *(Case(BASE, kind, LONG) for kind in (*_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
@@ -138,7 +145,8 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     ),
     2: (
         *_at([DENSE, *_BOTH, "backward 1/2"]),
-        *(_smaller(blocks) for blocks in (5, 6, 4)),
+        *(_smaller(blocks) for blocks in (5, 6, 4, 3, 2)),
+        *(_smaller(4, kind=kind) for kind in (_SCALED, "forward 1/2, scale eval")),
         *_LONG,
     ),
     3: (
@@ -226,6 +234,14 @@ COMPARED: Mapping[str, tuple[Model, int]] = {
     "width 64": (WIDE, STEPS),
     "width 64, larger weights": (LARGER_START, STEPS),
 }
+# What is compared with a learning rate of its own as well, chosen from these with seed 0.
+OWN_RATES = (0.004, 0.008, 0.016)
+TUNED = (
+    *_at([DENSE, "forward 1/2, scale eval", _SCALED, _EIGHTH, LATE_BACKWARD]),
+    *(_smaller(blocks) for blocks in (5, 4, 3, 2)),
+    *(Case(WIDE, kind, STEPS) for kind in (DENSE, _SCALED, _EIGHTH)),
+    *(_smaller(blocks, STEPS, WIDE) for blocks in (4, 3)),
+)
 PROBED = frozenset(QUESTIONS[7])
 # What the defaults hang on.
 _FIRST = frozenset(
@@ -285,24 +301,34 @@ def tier(case: Case) -> int:
 def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Planned]:
     """All runs in their order, each once: by tier (:func:`tier`), then seed, then question.
 
-    A learning rate is chosen before the first run that needs it.
+    A learning rate is chosen before the first run that needs it. What has a rate of its own comes
+    last, with question 2.
     """
     listed: set[Run | tuple[Case, int]] = set()
     for at, seed in product(range(len(TIERS) + 1), range(seeds)):
         for question in questions:
             for case in QUESTIONS[question]:
                 if tier(case) == at:
-                    yield from _of_case(case, question, seed, rates, listed)
+                    swept = sweep(_swept(case), case.family)
+                    rate = learning_rate(case, rates)
+                    yield from _of_case(case, question, seed, swept, rate, listed)
+    if 2 in questions:
+        for seed, case in product(range(seeds), TUNED):
+            yield from _of_case(case, 2, seed, own_sweep(case), rates.get(case), listed)
 
 
 def _of_case(
-    case: Case, question: int, seed: int, rates: Rates, listed: set[Run | tuple[Case, int]]
+    case: Case,
+    question: int,
+    seed: int,
+    swept: Sequence[Run],
+    rate: float | None,
+    listed: set[Run | tuple[Case, int]],
 ) -> Iterator[Planned]:
-    for run in sweep(_swept(case), case.family):
+    for run in swept:
         if run not in listed:
             listed.add(run)
             yield Planned(SWEEP, run.case, run.seed, run)
-    rate = learning_rate(case, rates)
     run = None if rate is None else Run(case, rate, seed)
     key = (case, seed) if run is None else run
     if key not in listed:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import _study_pictures as pictures
 from benchmarks._record import markdown_table
-from benchmarks._study_cases import DENSE, HALF, Case, size_of
+from benchmarks._study_cases import DENSE, HALF, Case, Run, size_of
 from benchmarks._study_numbers import Fit, fit, mean
-from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, sweep
+from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, TUNED, own_sweep, sweep
 from benchmarks._study_results import TOGETHER, Results, write_together
-from benchmarks._study_rows import Row, dense_of, rows_of, table
+from benchmarks._study_rows import Row, dense_of, label, rows_of, table
 
 # Of the dense run per parameter, in the trend of longer runs: with fewer, it has hardly begun.
 FEWEST_TOKENS = 2
@@ -68,18 +69,24 @@ def _is_on_front(case: Case) -> bool:
 
 def _rates_page(results: Results) -> str:
     rows = []
-    for (model, family), (_, steps) in GRIDS.items():
-        runs = sweep(model, family)
+    sweeps: list[tuple[str, Any, list[Run]]] = [
+        (f"{model}, {family}", (model, family), sweep(model, family)) for model, family in GRIDS
+    ]
+    sweeps += [
+        (f"{dense_of(case).model}, {label(case)}, alone", case, own_sweep(case)) for case in TUNED
+    ]
+    for name, key, runs in sweeps:
         losses = [results.by_run.get(run, {}).get("loss") for run in runs]
         cells = [
             f"{run.rate:g}: {loss:.3f}"
             for run, loss in zip(runs, losses, strict=True)
             if loss is not None
         ]
-        best = results.rates.get((model, family))
+        best = results.rates.get(key)
+        steps = runs[0].case.dense_steps
         is_edge = best in (runs[0].rate, runs[-1].rate)
         chosen = "-" if best is None else f"{best:g}" + (" (edge of the grid)" * is_edge)
-        rows.append([f"{model}, {family}", str(steps), ", ".join(cells), chosen])
+        rows.append([name, str(steps), ", ".join(cells), chosen])
     return markdown_table(["model", "dense steps", "rate: loss", "chosen"], rows)
 
 

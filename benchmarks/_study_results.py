@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._study_cases import KINDS, Case, Run
-from benchmarks._study_plan import GRIDS, Rates, learning_rate, sweep
+from benchmarks._study_cases import KINDS, Case, Model, Run
+from benchmarks._study_plan import GRIDS, TUNED, Rates, learning_rate, own_sweep, sweep
 
 TOGETHER = "runs.jsonl"
 
@@ -34,7 +34,13 @@ class Results:
 
     def of(self, case: Case) -> dict[int, Mapping[str, Any]]:
         """The results of a case, by seed."""
-        rate = learning_rate(case, self.rates)
+        return self._at(case, learning_rate(case, self.rates))
+
+    def tuned(self, case: Case) -> dict[int, Mapping[str, Any]]:
+        """The results of a case with the learning rate of its own, by seed."""
+        return self._at(case, self.rates.get(case))
+
+    def _at(self, case: Case, rate: float | None) -> dict[int, Mapping[str, Any]]:
         found = ((run, result) for run, result in self.by_run.items() if run.case == case)
         return {run.seed: result for run, result in found if run.rate == rate}
 
@@ -71,10 +77,10 @@ def write_together(results: Results, path: Path) -> None:
 
 def best_rates(by_run: Mapping[Run, Mapping[str, Any]]) -> Rates:
     """The rate of the lowest loss, of every sweep that is complete."""
-    rates = {}
-    for model, family in GRIDS:
-        runs = sweep(model, family)
-        if all(run in by_run for run in runs):
-            best = min(runs, key=lambda run: by_run[run]["loss"])
-            rates[model, family] = best.rate
-    return rates
+    sweeps: dict[tuple[Model, str] | Case, list[Run]] = {key: sweep(*key) for key in GRIDS}
+    sweeps |= {case: own_sweep(case) for case in TUNED}
+    return {
+        key: min(runs, key=lambda run: by_run[run]["loss"]).rate
+        for key, runs in sweeps.items()
+        if all(run in by_run for run in runs)
+    }

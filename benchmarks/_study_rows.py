@@ -57,9 +57,10 @@ class Row:
 
 def label(case: Case) -> str:
     """What a case is called in tables and pictures."""
+    blocks = f"{case.model.blocks} block{'s' * (case.model.blocks > 1)}"
     if case.kind != DENSE:
-        return case.kind
-    text = f"dense, {case.model.blocks} blocks"
+        return case.kind if case.reference is None else f"{case.kind}, of {blocks}"
+    text = f"dense, {blocks}"
     return f"{text}, attention dropout {case.model.dropout:g}" if case.model.dropout else text
 
 
@@ -69,15 +70,19 @@ def dense_of(case: Case) -> Case:
     return Case(model, DENSE, case.dense_steps, samples=case.samples)
 
 
-def rows_of(cases: Iterable[Case], results: Results) -> list[Row]:
-    """A row for each case that has results."""
+def rows_of(cases: Iterable[Case], results: Results, *, are_tuned: bool = False) -> list[Row]:
+    """A row for each case that has results.
+
+    :param are_tuned: those with a learning rate of its own.
+    """
+    find = results.tuned if are_tuned else results.of
     rows = []
     for case in cases:
-        found = results.of(case)
+        found = find(case)
         if not found:
             continue
         losses = {seed: result["loss"] for seed, result in found.items()}
-        dense = {seed: result["loss"] for seed, result in results.of(dense_of(case)).items()}
+        dense = {seed: result["loss"] for seed, result in find(dense_of(case)).items()}
         first = next(iter(found.values()))
         rows.append(
             Row(

@@ -41,8 +41,10 @@ from benchmarks._study_plan import (
     SHALLOW,
     STEPS,
     TIERS,
+    TUNED,
     WIDE,
     learning_rate,
+    own_sweep,
     planned,
     sweep,
     tier,
@@ -66,7 +68,7 @@ from sdp_llm.simulation import Simulation
 from sdp_llm.training.budget import run_size, total_steps
 from sdp_llm.training.inputs import load_inputs
 
-RATES = dict.fromkeys(GRIDS, 0.004)
+RATES = dict.fromkeys([*GRIDS, *TUNED], 0.004)
 CASES = tuple(dict.fromkeys(case for cases in QUESTIONS.values() for case in cases))
 
 
@@ -76,7 +78,11 @@ def test_every_run_is_listed_once_by_tier_and_seed() -> None:
     assert None not in runs
     ids = [run.id for run in runs if run]
     assert len(set(ids)) == len(ids) == len(set(runs))
-    order = [(tier(entry.case), entry.seed) for entry in entries if entry.question]
+    order = [
+        (tier(entry.case), entry.seed)
+        for entry in entries
+        if entry.question and entry.case in CASES
+    ]
     assert order == sorted(order)
     assert {(entry.case, entry.seed) for entry in entries} >= {
         (case, seed) for case in CASES for seed in range(3)
@@ -110,9 +116,26 @@ def test_models_without_a_sweep_take_the_rate_of_the_base() -> None:
 def test_the_best_rate_is_chosen_from_a_complete_sweep_only() -> None:
     runs = sweep(BASE, DENSE)
     losses = {run: {"loss": abs(run.rate - 0.008)} for run in runs}
-    assert best_rates(losses) == {(BASE, DENSE): 0.008}
+    own = Case(BASE, DENSE, STEPS)  # whose rates are some of those
+    assert own in TUNED
+    assert best_rates(losses) == {(BASE, DENSE): 0.008, own: 0.008}
     del losses[runs[0]]
+    assert best_rates(losses) == {own: 0.008}
+    del losses[own_sweep(own)[0]]
     assert best_rates(losses) == {}
+
+
+def test_what_is_tuned_is_paired_with_the_dense_model_that_is(results: Results) -> None:
+    small = next(case for case in TUNED if case.model.blocks == 3)
+    own, dense = 0.008, Case(BASE, DENSE, STEPS)
+    by_run = dict(results.by_run)
+    for case, gap in ((dense, 0.0), (small, -0.25)):
+        by_run[Run(case, own, 0)] = {**_result(Run(case, own, 0)), "loss": 4.0 + gap}
+    found = Results(by_run, {**RATES, dense: own, small: own})
+    [row] = rows_of([small], found, are_tuned=True)
+    assert row.gap is not None
+    assert row.gap.value == pytest.approx(-0.25)
+    assert "| 0.008 |" in fill("<!-- table tuned -->\n<!-- end -->\n", found)
 
 
 def test_equal_flops_are_equal_within_rounding() -> None:
