@@ -32,6 +32,7 @@ _BUDGET: Mapping[str, Callable[[Row], str]] = {
     "budget": lambda row: f"{row.case.dense_steps:,}",
 }
 _RATE: Mapping[str, Callable[[Row], str]] = {
+    **_BUDGET,
     "rate": lambda row: f"{next(iter(row.by_seed.values()))['rate']:g}",
 }
 _MODEL: Mapping[str, Callable[[Row], str]] = {
@@ -126,7 +127,7 @@ def _by_loss(
 def _tuned(model: Model, results: Results) -> str:
     cases = [case for case in TUNED if dense_of(case).model == model]
     rows = rows_of(cases, results, are_tuned=True)
-    return _rows(sorted(rows, key=lambda row: row.loss.value), _RATE)
+    return _rows(sorted(rows, key=lambda row: (row.case.dense_steps, row.loss.value)), _RATE)
 
 
 def _by_budget(cases: Sequence[Case], results: Results) -> str:
