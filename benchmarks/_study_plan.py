@@ -73,14 +73,9 @@ def sweep(model: Model, family: str) -> list[Run]:
     return [Run(Case(model, family, steps), rate, 0) for rate in rates]
 
 
-def own_rate(case: Case, rates: Rates) -> float | None:
-    """The best rate of the case itself, at the shorter budget."""
-    return rates.get(replace(case, dense_steps=STEPS))
-
-
 def own_sweep(case: Case) -> list[Run]:
-    """The runs that choose :func:`own_rate`."""
-    return [Run(replace(case, dense_steps=STEPS), rate, 0) for rate in OWN_RATES]
+    """The runs that choose the learning rate of one of ``TUNED``."""
+    return [Run(case, rate, 0) for rate in OWN_RATES[case.dense_steps]]
 
 
 def _at(kinds: Sequence[str], **budget: bool) -> list[Case]:
@@ -239,9 +234,8 @@ COMPARED: Mapping[str, tuple[Model, int]] = {
     "width 64": (WIDE, STEPS),
     "width 64, larger weights": (LARGER_START, STEPS),
 }
-# What is compared with a learning rate of its own as well: of these, the best at the shorter budget
-# with seed 0.
-OWN_RATES = (0.004, 0.008, 0.016)
+# What is compared with a rate of its own as well: the best of these with seed 0, by budget.
+OWN_RATES = {STEPS: (0.004, 0.008, 0.016), LONG: (0.004, 0.008)}
 TUNED = (
     *_at([DENSE, "forward 1/2, scale eval", _SCALED, _EIGHTH, LATE_BACKWARD]),
     *(_smaller(blocks) for blocks in (5, 4, 3, 2)),
@@ -322,7 +316,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
                     yield from _of_case(case, question, seed, swept, rate, listed)
     if 2 in questions:
         for seed, case in product(range(seeds), TUNED):
-            yield from _of_case(case, 2, seed, own_sweep(case), own_rate(case, rates), listed)
+            yield from _of_case(case, 2, seed, own_sweep(case), rates.get(case), listed)
 
 
 def _of_case(

@@ -73,9 +73,7 @@ def _rates_page(results: Results) -> str:
         (f"{model}, {family}", (model, family), sweep(model, family)) for model, family in GRIDS
     ]
     sweeps += [
-        (f"{dense_of(case).model}, {label(case)}, alone", case, own_sweep(case))
-        for case in TUNED
-        if case.dense_steps == STEPS
+        (f"{dense_of(case).model}, {label(case)}, alone", case, own_sweep(case)) for case in TUNED
     ]
     for name, key, runs in sweeps:
         losses = [results.by_run.get(run, {}).get("loss") for run in runs]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._study_cases import KINDS, Case, Model, Run
-from benchmarks._study_plan import GRIDS, TUNED, Rates, learning_rate, own_rate, own_sweep, sweep
+from benchmarks._study_plan import GRIDS, TUNED, Rates, learning_rate, own_sweep, sweep
 
 TOGETHER = "runs.jsonl"
 
@@ -38,7 +38,7 @@ class Results:
 
     def tuned(self, case: Case) -> dict[int, Mapping[str, Any]]:
         """The results of a case with the learning rate of its own, by seed."""
-        return self._at(case, own_rate(case, self.rates))
+        return self._at(case, self.rates.get(case))
 
     def _at(self, case: Case, rate: float | None) -> dict[int, Mapping[str, Any]]:
         found = ((run, result) for run, result in self.by_run.items() if run.case == case)
@@ -78,7 +78,7 @@ def write_together(results: Results, path: Path) -> None:
 def best_rates(by_run: Mapping[Run, Mapping[str, Any]]) -> Rates:
     """The rate of the lowest loss, of every sweep that is complete."""
     sweeps: dict[tuple[Model, str] | Case, list[Run]] = {key: sweep(*key) for key in GRIDS}
-    sweeps |= {runs[0].case: runs for runs in map(own_sweep, TUNED)}
+    sweeps |= {case: own_sweep(case) for case in TUNED}
     return {
         key: min(runs, key=lambda run: by_run[run]["loss"]).rate
         for key, runs in sweeps.items()
