@@ -68,7 +68,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    figure = _figure(6.0, 4.0)
+    figure = _figure(8.0, 4.2)
     axes = figure.add_subplot()
     styles = ("-o", "--s", ":^", "-.v", "-D")
     counts: dict[str, int] = defaultdict(int)
@@ -91,7 +91,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     _log_scale(axes)
     axes.set_xlabel(FLOPS, fontsize=8)
     axes.set_ylabel(LOSS, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     _save(figure, path)
 
 
