@@ -36,11 +36,11 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
         from sdp_llm.distributed import init_distributed
         from sdp_llm.rendezvous import meet
-        from sdp_llm.training.agreement import agree_on_start, facts_of
         from sdp_llm.training.backends import EngineBackend
         from sdp_llm.training.exhausted import out_of_memory_explained
         from sdp_llm.training.run_folder import RunFolder
         from sdp_llm.training.session import train
+        from sdp_llm.training.start import agree_on_start, facts_of
         from sdp_llm.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 
         facts = facts_of(run, inputs, arguments.resume, here.world_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdp_llm.checkpoint.save import CheckpointWriting
-from sdp_llm.checkpoint.together import WrittenFile
+from sdp_llm.checkpoint.shared_folder import WrittenFile
 from sdp_llm.errors import ConfigError
 
 

@@ -21,8 +21,8 @@ from sdp_llm.checkpoint.export import (
     written_aliases,
 )
 from sdp_llm.checkpoint.load import CheckpointReader
+from sdp_llm.checkpoint.shared_folder import WrittenFile, write_together
 from sdp_llm.checkpoint.stream import Entry, read_part, write_stream
-from sdp_llm.checkpoint.together import WrittenFile, write_together
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.unit import MASTER
 from sdp_llm.subnetwork.adapter import empty_model, model_layout

@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.agree import agree
+from sdp_llm.checkpoint.shared_folder import WrittenFile, write_json, write_together, written
 from sdp_llm.checkpoint.stream import read_header
-from sdp_llm.checkpoint.together import WrittenFile, write_json, write_together, written
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit

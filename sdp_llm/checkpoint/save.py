@@ -18,13 +18,13 @@ from sdp_llm.checkpoint.coverage import (
     stored_ranges,
     tensor_key,
 )
-from sdp_llm.checkpoint.stream import read_header, write_tensors
-from sdp_llm.checkpoint.together import (
+from sdp_llm.checkpoint.shared_folder import (
     SharedFolder,
     WrittenFile,
     agree,
     write_json,
 )
+from sdp_llm.checkpoint.stream import read_header, write_tensors
 from sdp_llm.errors import ConfigError, UnnamedCheckpoint
 from sdp_llm.files import replace_text
 from sdp_llm.sharding.materialize import ShardedModel

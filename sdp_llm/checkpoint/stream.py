@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdp_llm.activity import ACTIVITY
-from sdp_llm.checkpoint.together import WrittenFile
+from sdp_llm.checkpoint.shared_folder import WrittenFile
 
 _DTYPES = {
     torch.float64: "F64",

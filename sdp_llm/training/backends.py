@@ -20,8 +20,8 @@ from sdp_llm.evaluation import Evaluation
 from sdp_llm.initialization import initialize
 from sdp_llm.loss import target_count
 from sdp_llm.optim import build_optimizer, build_scheduler
-from sdp_llm.sharding.consistency import differing_units
 from sdp_llm.sharding.probe import GradientProbe
+from sdp_llm.sharding.replicas import differing_units
 from sdp_llm.simulation import Simulation
 from sdp_llm.subnetwork.init import module_seed
 from sdp_llm.training.inputs import Inputs

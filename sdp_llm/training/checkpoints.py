@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdp_llm.checkpoint.save import LATEST
-from sdp_llm.checkpoint.together import REPLACED, put_back
+from sdp_llm.checkpoint.shared_folder import REPLACED, put_back
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.files import replace_text, sync

@@ -20,8 +20,8 @@ from sdp_llm.checkpoint.convert import export_checkpoint
 from sdp_llm.checkpoint.coverage import tensor_key
 from sdp_llm.checkpoint.find import find_checkpoint
 from sdp_llm.checkpoint.save import FORMAT_VERSION, seal
+from sdp_llm.checkpoint.shared_folder import write_json
 from sdp_llm.checkpoint.stream import write_tensors
-from sdp_llm.checkpoint.together import write_json
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.unit import MASTER
 from sdp_llm.subnetwork.adapter import empty_model, model_layout

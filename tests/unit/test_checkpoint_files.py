@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdp_llm.checkpoint import together
+from sdp_llm.checkpoint import shared_folder
 from sdp_llm.checkpoint.coverage import coverage_error, stored_ranges, tensor_key
+from sdp_llm.checkpoint.shared_folder import WrittenFile, write_together, written
 from sdp_llm.checkpoint.stream import read_header, write_tensors
-from sdp_llm.checkpoint.together import WrittenFile, write_together, written
 from sdp_llm.errors import ConfigError
 from sdp_llm.training.checkpoints import clear_rubbish
 
@@ -123,7 +123,7 @@ def test_a_folder_takes_its_name_and_is_not_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(together, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(shared_folder, "_exchange", lambda first, second: False)
     for text in ("new", "replaces the first"):
         made = []
 
@@ -167,7 +167,7 @@ def between_two_names(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
             raise error
         return rename(path, target)
 
-    monkeypatch.setattr(together, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(shared_folder, "_exchange", lambda first, second: False)
     monkeypatch.setattr(Path, "rename", fail)
 
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from sdp_llm.errors import ConfigError
 from sdp_llm.processes import this_process
-from sdp_llm.training.agreement import (
+from sdp_llm.training.corpora import fingerprint
+from sdp_llm.training.start import (
     agree_on_start,
     first_difference,
     source_hash,
 )
-from sdp_llm.training.corpora import fingerprint
 
 SAME = {"version of torch": "2.13", "training.seed": 1, "sdp.owner_sets": None}
 FIX = "; start every rank with the same files, packages and arguments"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sdp_llm.sharding.consistency import differing_units
+from sdp_llm.sharding.replicas import differing_units
 from tests.distributed.pool import Pool
 from tests.distributed.tiny import Case, build, forward_backward
 

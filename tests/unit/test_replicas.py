@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdp_llm.sharding import consistency
-from sdp_llm.sharding.consistency import _disagreements, checksum
+from sdp_llm.sharding import replicas
+from sdp_llm.sharding.replicas import _disagreements, checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -38,7 +38,7 @@ def test_values_that_are_no_numbers_are_bits_too() -> None:
 def test_it_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000)
     whole = checksum(values)
-    monkeypatch.setattr(consistency, "_CHUNK", 7)
+    monkeypatch.setattr(replicas, "_CHUNK", 7)
     assert checksum(values) == whole
 
 
