@@ -157,6 +157,12 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         f"forward 1/4, last 20% {name}": phases((0.8, {}), (1.0, phase), coverage="1/4")
         for name, phase in (("full", _FULL), ("backward", _BACKWARD))
     },
+    "forward 1/8, two of each pinned, scale eval": {
+        "coverage": "1/8",
+        "residual_scale": "eval",
+        "pinned_first": 2,
+        "pinned_last": 2,
+    },
     "forward 1/8, last 20% backward": phases((0.8, {}), (1.0, _BACKWARD), coverage="1/8"),
     "forward 1/2, scale inverse_coverage": {
         "coverage": "1/2",
