@@ -171,12 +171,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "forward 1/2, scale eval": {"coverage": "1/2", "residual_scale": "eval"},
     "forward 1/4, scale eval": {"coverage": "1/4", "residual_scale": "eval"},
     "forward 1/8, scale eval": {"coverage": "1/8", "residual_scale": "eval"},
-    **{
-        f"forward 1/2, rotated every {steps}, last {share:.0%} full": phases(
-            (1 - share, {"rotate_every": steps}), (1.0, _FULL)
-        )
-        for steps, share in ((50, 0.5), (50, 0.2), (1, 0.5))
-    },
+    "forward 1/2, rotated every 50, last 50% full": phases(
+        (0.5, {"rotate_every": 50}), (1.0, _FULL)
+    ),
     **{
         f"forward 1/4, {name}, full, a third each": phases(
             (0.333, {"coverage": "1/4"}), (0.667, second), (1.0, _FULL)

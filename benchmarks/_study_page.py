@@ -8,9 +8,12 @@ from dataclasses import replace
 
 from benchmarks._record import markdown_table
 from benchmarks._study_cases import DENSE, HALF, Case, Model
+from benchmarks._study_numbers import difference
 from benchmarks._study_plan import (
+    AS_MANY_TOKENS,
     BASE,
     COMPARED,
+    FEWER_RANKS,
     LARGER_START,
     PRESETS,
     QUESTIONS,
@@ -69,6 +72,7 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "budgets": lambda results: _by_budget(QUESTIONS[2], results),
         "tuned": lambda results: _tuned(BASE, results),
         "tuned-wide": lambda results: _tuned(WIDE, results),
+        "depth": _depth,
         "drops": lambda results: _by_loss(QUESTIONS[3], results),
         "pins": lambda results: _by_loss(QUESTIONS[4], results),
         "schedules": lambda results: _by_loss(QUESTIONS[5], results),
@@ -83,7 +87,10 @@ def _tables() -> dict[str, Callable[[Results], str]]:
 
 
 def _presets(results: Results) -> str:
-    """The gap of every preset, and of the dense models that need what its ranks do."""
+    """The gap of every preset, and of the dense models that need what its ranks do.
+
+    Of what has a learning rate of its own, with that.
+    """
 
     def case(kind: str, blocks: int, model: Model, steps: int) -> Case:
         if kind != DENSE:
@@ -92,12 +99,13 @@ def _presets(results: Results) -> str:
 
     rows = [
         *((name, kind, 0) for name, kind in PRESETS.items()),
-        *(("-", DENSE, blocks) for blocks in (5, 4)),
+        ("-", FEWER_RANKS, 0),
+        *(("-", DENSE, blocks) for blocks in (5, 4, 3)),
     ]
     cells = []
     for name, kind, blocks in rows:
         compared = [case(kind, blocks, *setting) for setting in COMPARED.values()]
-        found = [rows_of([each], results) for each in compared]
+        found = [rows_of([each], results, are_tuned=each in results.rates) for each in compared]
         gaps = [row[0].gap.text("+") if row and row[0].gap else "-" for row in found]
         cells.append([name, label(compared[0]), *gaps])
     return markdown_table(["preset", "training", *COMPARED], cells) + "\n"
@@ -128,6 +136,37 @@ def _tuned(model: Model, results: Results) -> str:
     cases = [case for case in TUNED if dense_of(case).model == model]
     rows = rows_of(cases, results, are_tuned=True)
     return _rows(sorted(rows, key=lambda row: (row.case.dense_steps, row.loss.value)), _RATE)
+
+
+def _depth(results: Results) -> str:
+    """What depth is worth on as many tokens, and what SDP makes of it, beside 3 blocks."""
+    rows: list[Row] = []
+    few: dict[int, Row] = {}  # by width
+    for deep in AS_MANY_TOKENS:
+        tuned = [c for c in TUNED if c.dense_steps == STEPS and dense_of(c).model == deep.model]
+        compared = [c for c in tuned if c.model.blocks == 3 or c.kind == PRESETS["memory"]]
+        found = [*rows_of(compared, results, are_tuned=True), *rows_of([deep], results)]
+        shallow = next((row for row in found if row.case.model.blocks == 3), None)
+        if shallow is not None:
+            few[deep.model.hidden] = shallow
+            rows += sorted(found, key=lambda row: row.flops)
+
+    def gap(row: Row) -> str:
+        other = few[row.case.model.hidden]
+        found = difference(_losses(row), _losses(other))
+        return "-" if row is other or found is None else found.text("+")
+
+    extra: dict[str, Callable[[Row], str]] = {
+        "width": lambda row: str(row.case.model.hidden),
+        "rate": _RATE["rate"],
+        "FLOPs of 3 blocks": lambda row: f"{row.flops / few[row.case.model.hidden].flops:.2f}",
+        "gap to 3 blocks": gap,
+    }
+    return table(rows, extra, ("training", "steps", "loss", "seeds")) + "\n"
+
+
+def _losses(row: Row) -> dict[int, float]:
+    return {seed: result["loss"] for seed, result in row.by_seed.items()}
 
 
 def _by_budget(cases: Sequence[Case], results: Results) -> str:

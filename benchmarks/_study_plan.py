@@ -91,37 +91,34 @@ _GROWING = "forward 1/4, 1/2, full, a third each"
 _LATE_FULL = "forward 1/4, last 20% full"
 _SCALED = "forward 1/4, scale eval"
 _EIGHTH = "forward 1/8, scale eval"
+_TWO_PINNED = "forward 1/8, two of each pinned, scale eval"
 # What is compared at a longer budget, too.
 _BOTH = (
-    *(HALF, "forward 1/4", _SCALED),
+    *(HALF, "forward 1/4", _SCALED, _EIGHTH),
     *(_GROWING, "forward 1/2, last 50% backward", LATE_BACKWARD),
 )
 _LONG = (
     Case(BASE, DENSE, LONG),
-    _smaller(5, LONG),
+    *(_smaller(blocks, LONG) for blocks in (5, 4, 3)),
     *(Case(BASE, kind, LONG) for kind in (*_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
 )
 _PINNED = ["forward 3/4", "forward 1/4", "backward 1/2", "backward 3/4", "backward 1/4"]
-_UNPINNED = [f"{kind}, no pins" for kind in ("forward 1/2", "forward 1/4", "forward 3/4")]
-_UNPINNED.append("backward 1/2, no pins")
+_UNPINNED = ["forward 1/2, no pins", "forward 3/4, no pins", "backward 1/2, no pins"]
 
 # What is compared at the double width, too.
 _WIDE = (
     *(Case(WIDE, kind, STEPS) for kind in (DENSE, *_BOTH, _LATE_FULL, "forward 1/2, scale eval")),
-    *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4)),
+    *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4, 3)),
 )
 # And at four times the width.
 _WIDEST = (
-    *(
-        Case(WIDEST, kind, STEPS // 2)
-        for kind in (DENSE, _SCALED, "forward 1/2, scale eval", LATE_BACKWARD)
-    ),
-    *(_smaller(blocks, STEPS // 2, WIDEST) for blocks in (5, 4)),
+    *(Case(WIDEST, kind, STEPS // 2) for kind in (DENSE, _SCALED, _EIGHTH, _TWO_PINNED)),
+    *(_smaller(blocks, STEPS // 2, WIDEST) for blocks in (5, 4, 3)),
 )
 # And with larger initial weights.
 _LARGER_START = (
-    *(Case(LARGER_START, kind, STEPS) for kind in (DENSE, _SCALED)),
-    _smaller(4, STEPS, LARGER_START),
+    *(Case(LARGER_START, kind, STEPS) for kind in (DENSE, _SCALED, _EIGHTH, _TWO_PINNED)),
+    *(_smaller(blocks, STEPS, LARGER_START) for blocks in (5, 4, 3)),
 )
 _SCHEDULES = tuple(
     _at(
@@ -129,9 +126,7 @@ _SCHEDULES = tuple(
             "forward 1/2, rotated every 50, last 50% full",
             _GROWING,
             *(f"forward 1/4, {side} 3, full, a third each" for side in ("first", "last")),
-            "forward 1/2, rotated every 50, last 20% full",
-            "forward 1/2, rotated every 1, last 50% full",
-            *(LATE_BACKWARD, _LATE_FULL, _SCALED),
+            *(LATE_BACKWARD, _LATE_FULL, _SCALED, _EIGHTH),
             *LATE_RATES,
         ]
     )
@@ -140,7 +135,7 @@ _SCHEDULES = tuple(
 # By question and in order of what they tell; a case may serve several questions.
 QUESTIONS: Mapping[int, tuple[Case, ...]] = {
     1: (
-        *_at([DENSE, HALF, *_PINNED, *_UNPINNED]),
+        *_at([DENSE, HALF, *_PINNED, *_UNPINNED, "forward 1/4, no pins"]),
         *_at([HALF, *_PINNED, *_UNPINNED], is_equal_flops=False),
     ),
     2: (
@@ -162,6 +157,7 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
                 "forward 1/2, first pinned",
                 "forward 1/2, last pinned",
                 "forward 1/2, two of each pinned",
+                *(_EIGHTH, _TWO_PINNED),
             ]
         )
     ),
@@ -223,26 +219,34 @@ QUESTIONS: Mapping[int, tuple[Case, ...]] = {
 }
 # The configs of SDP that are named for what they are for, and what the study calls the same.
 PRESETS: Mapping[str, str] = {
-    "memory": _SCALED,
+    "memory": _EIGHTH,
     "balanced": "forward 1/2, scale eval",
-    "quality": LATE_BACKWARD,
+    "quality": _TWO_PINNED,
 }
+# On ranks whose number eight does not divide, in the place of memory.
+FEWER_RANKS = _SCALED
 # What they are compared at: the column's title, the model and the budget.
 COMPARED: Mapping[str, tuple[Model, int]] = {
     "width 32": (BASE, STEPS),
     "width 32, long": (BASE, LONG),
     "width 64": (WIDE, STEPS),
     "width 64, larger weights": (LARGER_START, STEPS),
+    "width 128": (WIDEST, STEPS // 2),
 }
 # What is compared with a rate of its own as well: the best of these with seed 0, by budget.
 OWN_RATES = {STEPS: (0.004, 0.008, 0.016), LONG: (0.004, 0.008)}
 TUNED = (
-    *_at([DENSE, "forward 1/2, scale eval", _SCALED, _EIGHTH, LATE_BACKWARD]),
+    *_at([DENSE, "forward 1/2, scale eval", _SCALED, _EIGHTH, _TWO_PINNED, LATE_BACKWARD]),
     *(_smaller(blocks) for blocks in (5, 4, 3, 2)),
-    *(Case(WIDE, kind, STEPS) for kind in (DENSE, _SCALED, _EIGHTH)),
-    *(_smaller(blocks, STEPS, WIDE) for blocks in (4, 3)),
-    *(Case(BASE, kind, LONG) for kind in (DENSE, _SCALED, _EIGHTH)),
-    *(_smaller(blocks, LONG) for blocks in (4, 3)),
+    *(Case(WIDE, kind, STEPS) for kind in (DENSE, _SCALED, _EIGHTH, _TWO_PINNED)),
+    *(_smaller(blocks, STEPS, WIDE) for blocks in (5, 4, 3)),
+    *(Case(BASE, kind, LONG) for kind in (DENSE, _SCALED, _EIGHTH, _TWO_PINNED)),
+    *(_smaller(blocks, LONG) for blocks in (5, 4, 3)),
+)
+# The dense model on as many tokens as one of 3 blocks: what depth is worth where it costs nothing,
+# which bounds what subnetworks of 3 blocks can win by making 8 of them.
+AS_MANY_TOKENS = tuple(
+    Case(model, DENSE, _smaller(3, STEPS, model).steps()) for model in (BASE, WIDE)
 )
 PROBED = frozenset(QUESTIONS[7])
 # What the defaults hang on.
@@ -304,7 +308,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
     """All runs in their order, each once: by tier (:func:`tier`), then seed, then question.
 
     A learning rate is chosen before the first run that needs it. What has a rate of its own comes
-    last, with question 2.
+    last, with question 2, and then what shows the worth of depth.
     """
     listed: set[Run | tuple[Case, int]] = set()
     for at, seed in product(range(len(TIERS) + 1), range(seeds)):
@@ -317,6 +321,9 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
     if 2 in questions:
         for seed, case in product(range(seeds), TUNED):
             yield from _of_case(case, 2, seed, own_sweep(case), rates.get(case), listed)
+        for seed, case in product(range(seeds), AS_MANY_TOKENS):
+            swept = sweep(_swept(case), case.family)
+            yield from _of_case(case, 2, seed, swept, learning_rate(case, rates), listed)
 
 
 def _of_case(

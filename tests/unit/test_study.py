@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from benchmarks._study_merged import accumulate
 from benchmarks._study_numbers import difference, fit, mean
 from benchmarks._study_page import fill
 from benchmarks._study_plan import (
+    AS_MANY_TOKENS,
     BASE,
     GRIDS,
     PRESETS,
@@ -127,15 +129,44 @@ def test_the_best_rate_is_chosen_from_a_complete_sweep_only() -> None:
 
 def test_what_is_tuned_is_paired_with_the_dense_model_that_is(results: Results) -> None:
     small = next(case for case in TUNED if case.model.blocks == 3)
-    own, dense = 0.008, Case(BASE, DENSE, STEPS)
-    by_run = dict(results.by_run)
-    for case, gap in ((dense, 0.0), (small, -0.25)):
-        by_run[Run(case, own, 0)] = {**_result(Run(case, own, 0)), "loss": 4.0 + gap}
-    found = Results(by_run, {**RATES, dense: own, small: own})
+    dense = Case(BASE, DENSE, STEPS)
+    found = _with_losses(results, {dense: 4.0, small: 3.75}, 0.008)
     [row] = rows_of([small], found, are_tuned=True)
     assert row.gap is not None
     assert row.gap.value == pytest.approx(-0.25)
     assert "| 0.008 |" in fill("<!-- table tuned -->\n<!-- end -->\n", found)
+
+
+def _with_losses(results: Results, losses: Mapping[Case, float], rate: float) -> Results:
+    """These cases with seed 0 and a rate of their own, which is ``rate``."""
+    runs = {Run(case, rate, 0): loss for case, loss in losses.items()}
+    own = {run: {**_result(run), "loss": loss} for run, loss in runs.items()}
+    return Results({**results.by_run, **own}, {**RATES, **dict.fromkeys(losses, rate)})
+
+
+def _cells(table: str, first: str) -> list[list[str]]:
+    """The cells of the rows that begin so."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return [cells for cells in rows if cells and cells[0] == first]
+
+
+def test_depth_is_compared_with_three_blocks_on_as_many_tokens(results: Results) -> None:
+    [few] = [c for c in TUNED if c.model == Model(32, 3) and c.dense_steps == STEPS]
+    deep = AS_MANY_TOKENS[0]
+    assert deep.tokens() == few.tokens()
+    found = _with_losses(results, {few: 4.25}, 0.008)
+    common = Run(deep, 0.004, 0)
+    found = Results({**found.by_run, common: {**_result(common), "loss": 4.125}}, found.rates)
+    dense, _ = _cells(fill("<!-- table depth -->\n<!-- end -->", found), "dense, 8 blocks")
+    assert dense[4] == "-0.125"  # the only seed that both have
+    assert float(dense[3]) > 1.5
+
+
+def test_presets_have_the_rate_of_their_own_where_it_is_known(results: Results) -> None:
+    memory, dense = (Case(BASE, kind, STEPS) for kind in (PRESETS["memory"], DENSE))
+    found = _with_losses(results, {memory: 3.5, dense: 4.0}, 0.008)
+    [row] = _cells(fill("<!-- table presets -->\n<!-- end -->", found), "memory")
+    assert row[2] == "-0.500"
 
 
 def test_equal_flops_are_equal_within_rounding() -> None:
