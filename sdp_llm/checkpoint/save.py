@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdp_llm.agree import agree
 from sdp_llm.checkpoint.coverage import (
     CUDA_RNG,
     RNG,
@@ -18,12 +19,7 @@ from sdp_llm.checkpoint.coverage import (
     stored_ranges,
     tensor_key,
 )
-from sdp_llm.checkpoint.shared_folder import (
-    SharedFolder,
-    WrittenFile,
-    agree,
-    write_json,
-)
+from sdp_llm.checkpoint.shared_folder import SharedFolder, WrittenFile, write_json
 from sdp_llm.checkpoint.stream import read_header, write_tensors
 from sdp_llm.errors import ConfigError, UnnamedCheckpoint
 from sdp_llm.files import replace_text
