@@ -47,14 +47,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     samples = torch.from_numpy(
         dataset.batch(validation_samples(dataset, run.training.eval_samples))
     )
-    model = load_exported(folder)
-    check_positions(run, model.config)
-    vocabulary = model.config.get_text_config().vocab_size
-    check_ids(corpora, vocabulary, f"{folder}/config.json", None, 1)
     tokenizer = None
     if run.data.tokenizer is not None:
         tokenizer = load_tokenizer(run.data.tokenizer)
         check_tokenizer_of(corpora, run.data.tokenizer, tokenizer.eos_token_id)
+    model = load_exported(folder)
+    check_positions(run, model.config)
+    vocabulary = model.config.get_text_config().vocab_size
+    check_ids(corpora, vocabulary, f"{folder}/config.json", None, 1)
     attention = model.config._attn_implementation
     eos_id = separator(run.data, model.config, attention, tokenizer, corpora)
     loss = NextTokenLoss(eos_id, run.training.loss_chunk)

@@ -128,6 +128,13 @@ CASES = [
         "name the corpus",
     ),
     command(
+        "a tokenizer of another corpus to evaluate with",
+        EVALUATE,
+        ("--model", "{tiny}/model", "--set", "data.tokenizer={folder}/other_tokenizer"),
+        'other_tokenizer": its tokenizer.json has SHA-256',
+        "data.validation = ",
+    ),
+    command(
         "a model without weights",
         EVALUATE,
         ("--model", "{tiny}/model"),
