@@ -77,7 +77,7 @@ def initialize_unit(
             torch.default_generator.manual_seed(module_seed(seed, module_name))
             model._init_weights(model.get_submodule(module_name))
     for name, value in values.items():
-        if value.isnan().any():
+        if value.max().isnan():  # a mask would need another quarter of its memory
             raise ConfigError(
                 f"model: {type(model).__name__} leaves {name} without an initial value in "
                 "_init_weights; start from a checkpoint (model.init_from), or give initialize() a "

@@ -63,10 +63,13 @@ def test_compare(tmp_path: Path) -> None:
             assert rank["peak"] >= sum(rank["state"].values()) + rank["activations"]
     ours = results[-1]
     memory = ours["closed_form"]["memory"]
+    case = Workload(2, 128).case(parse_system("sdp:1/2"))
+    size, *_ = case.closed_form(load_model_config(MODEL))
+    saved = memory["activations"] - size.passing_activations  # not there yet after the forward pass
     for rank in ours["ranks"]:
         for name in ("weights", "gradients", "optimizer"):
             assert rank["state"][name] == pytest.approx(memory[name], rel=0.03)
-        assert rank["activations"] == pytest.approx(memory["activations"], rel=0.05)
+        assert rank["activations"] == pytest.approx(saved, rel=0.05)
         assert rank["collectives"] / 2 == pytest.approx(ours["closed_form"]["traffic"]["mean"])
     assert "| SDP, C = 1/2, forward, stage 2" in output.with_suffix(".md").read_text()
 
