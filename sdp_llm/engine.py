@@ -303,7 +303,8 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
         writing = self._checkpoint(Path(save_dir), tag, client_state, True)
         writing.begin()
         tensors = own_ranges(self.sharded, self.basic_optimizer)
-        self._saving = BackgroundSave(writing, self._snapshot.take(tensors))
+        snapshot = self._snapshot.take(tensors)
+        self._saving = BackgroundSave(writing, snapshot, self.wait_for_weights)
         return self._saving
 
     def _checkpoint(
@@ -367,7 +368,7 @@ class SDPEngine(ConfigAnswers, DeepSpeedEngine):
                     check_scheduler(scheduler, state, folder)
 
             agree(check)  # all of it before anything is overwritten
-            self.optimizer.zero_grad()
+            self.zero_grad()
             due = self.schedule.at(state["counters"]["global_steps"])
             if not load_module_only and due != (self.plan, self.sharded.subnetwork.masking):
                 self.change_plan(*due)

@@ -31,6 +31,8 @@ ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
+# Set by MPI's launchers, to the number of processes.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LAUNCHER, LAUNCHER_PORT = "deepspeed.launcher.launch", "29500"
 
 
@@ -45,7 +47,7 @@ def meet(timeout: timedelta) -> dist.Store | None:
     be_alone_by_default()
     environment = os.environ
     if not {*ALONE} <= {*environment}:
-        return None  # DeepSpeed looks for MPI
+        return None  # DeepSpeed says what is missing
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if world_size == 1:
         return None
@@ -68,10 +70,21 @@ def meet(timeout: timedelta) -> dist.Store | None:
 
 
 def be_alone_by_default() -> None:
-    """Without a launcher this process is rank 0 of 1; DeepSpeed would look for MPI otherwise."""
-    if "RANK" not in os.environ:
-        for name, value in ALONE.items():
-            os.environ.setdefault(name, value)
+    """Without a launcher this process is rank 0 of 1; DeepSpeed would look for MPI otherwise.
+
+    :raises ConfigError: MPI has started several processes, which would be as many runs.
+    """
+    if "RANK" in os.environ:
+        return
+    for name in MPI_SIZES:
+        if int(os.environ.get(name, 1)) > 1:
+            raise ConfigError(
+                f"{name} = {os.environ[name]}: MPI started this process, and RANK is not set; "
+                "start the ranks with deepspeed, torchrun or accelerate launch, or set "
+                f"{', '.join(ALONE)}"
+            )
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
 
 
 def connect(timeout: timedelta) -> dist.TCPStore:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -50,12 +51,21 @@ class BackgroundSave:
     ``is_finished`` says whether :meth:`finish` was called.
 
     :param writing: begun.
+    :param wait: returns when no collective of training is under way; NCCL's must not run beside
+        those of :meth:`finish`.
     """
 
-    def __init__(self, writing: CheckpointWriting, tensors: list[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        writing: CheckpointWriting,
+        tensors: list[tuple[str, Tensor]],
+        wait: Callable[[], None],
+    ) -> None:
         self._writing = writing
+        self._wait = wait
         self._files: list[WrittenFile] = []
         self._failure: Exception | None = None
+        self._seconds = 0.0
         self.is_finished = False
         self._thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
         self._thread.start()
@@ -64,20 +74,25 @@ class BackgroundSave:
         """Whether this rank's part is on the disk, or has failed."""
         return not self._thread.is_alive()
 
-    def finish(self) -> None:
+    def finish(self) -> float:
         """Wait for all ranks and give the checkpoint its name. Collective over the world.
 
+        :returns: the seconds in which this rank wrote.
         :raises ConfigError: on every rank, when one could not write.
         """
         self._thread.join()
         self.is_finished = True
+        self._wait()
         self._writing.finish(self._outcome)
+        return self._seconds
 
     def _write(self, tensors: list[tuple[str, Tensor]]) -> None:
+        started = time.perf_counter()
         try:
             self._files = self._writing.write(tensors)
         except (OSError, ConfigError) as error:
             self._failure = error
+        self._seconds = time.perf_counter() - started
 
     def _outcome(self) -> list[WrittenFile]:
         if self._failure is not None:

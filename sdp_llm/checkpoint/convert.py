@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from sdp_llm.checkpoint.export import (
+    FOR_TORCH,
     check_tokenizer,
     copy_tokenizer,
     describe_model,
@@ -22,7 +23,7 @@ from sdp_llm.checkpoint.export import (
 )
 from sdp_llm.checkpoint.load import CheckpointReader
 from sdp_llm.checkpoint.shared_folder import WrittenFile, write_together
-from sdp_llm.checkpoint.stream import Entry, read_part, write_stream
+from sdp_llm.checkpoint.stream import Entry, read_part, split_files, write_stream
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.unit import MASTER
 from sdp_llm.subnetwork.adapter import empty_model, model_layout
@@ -66,7 +67,7 @@ def export_checkpoint(
         # The attention does not matter, and a saved config may name one that is not here.
         model = empty_model(config, "eager")
         tensors = _ModelTensors(reader, model, config, dtype or _trained_dtype(reader.state))
-        files = _split(tensors.entries, max_file_bytes)
+        files = split_files(tensors.entries, max_file_bytes)
         _check_space(output, sum(entry.nbytes for entry in tensors.entries))
         reader.verify()
 
@@ -75,7 +76,7 @@ def export_checkpoint(
                 f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
             )
             return [
-                write_stream(partial / name, entries, tensors.values(entries), {"format": "pt"})
+                write_stream(partial / name, entries, tensors.values(entries), FOR_TORCH)
                 for name, entries in zip(names, files, strict=True)
             ]
 
@@ -157,16 +158,6 @@ def _trained_dtype(state: dict[str, Any]) -> torch.dtype:
 
 def _trained_tokenizer(state: dict[str, Any]) -> str | None:
     return state["config"].get("data", {}).get("tokenizer")
-
-
-def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
-    """The entries of each file."""
-    files: list[list[Entry]] = [[]]
-    for entry in entries:
-        if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > max_bytes:
-            files.append([])
-        files[-1].append(entry)
-    return files
 
 
 def _check_space(output: Path, needed: int) -> None:

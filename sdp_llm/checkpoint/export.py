@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from sdp_llm.activity import ACTIVITY
 from sdp_llm.agree import agree
-from sdp_llm.checkpoint.shared_folder import WrittenFile, write_json, write_together, written
-from sdp_llm.checkpoint.stream import read_header
+from sdp_llm.checkpoint.shared_folder import WrittenFile, write_json, write_together
+from sdp_llm.checkpoint.stream import Entry, read_header, split_files, write_stream
 from sdp_llm.errors import ConfigError
 from sdp_llm.sharding.materialize import ShardedModel
 from sdp_llm.sharding.unit import Unit
 from sdp_llm.subnetwork.adapter import ModelLayout
 from sdp_llm.subnetwork.residual import Fold
 
+FOR_TORCH = {"format": "pt"}  # which transformers asks of a file
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -66,9 +66,9 @@ def export_pretrained(
 ) -> None:
     """Write the whole model for ``AutoModelForCausalLM.from_pretrained``, in the weights' dtype.
 
-    Collective over the world; no rank holds more than its subnetwork. Sharded safetensors with an
-    index, ``config.json``, ``generation_config.json`` and the tokenizer's files. They replace those
-    of an export that is there in one step; other files of the folder stay.
+    Collective over the world; a rank holds one tensor beside its subnetwork. Sharded safetensors
+    with an index, ``config.json``, ``generation_config.json`` and the tokenizer's files. They
+    replace those of an export that is there in one step; other files of the folder stay.
 
     ``sdp.residual_scale`` "eval" is folded into the weights, in fp32: of the masters where the
     writer has all of them (stage 0, and blocks of one owner), else of the weights.
@@ -86,12 +86,12 @@ def export_pretrained(
     agree(check)
 
     def write(partial: Path) -> list[WrittenFile]:
+        tensors = dict(_own_tensors(sharded))
         files = []
-        for i, tensors in enumerate(_files(sharded, max_file_bytes)):
+        for i, entries in enumerate(split_files(tensors, max_file_bytes)):
             path = partial / f"model-{subnetwork.rank:05d}-{i:05d}.safetensors"
-            save_file(tensors, path, metadata={"format": "pt"})
-            files.append(written(path))
-            ACTIVITY.beat()
+            contents = (tensors[entry]() for entry in entries)
+            files.append(write_stream(path, entries, contents, FOR_TORCH))
         return files
 
     def finish(partial: Path, files: list[WrittenFile]) -> None:
@@ -142,21 +142,8 @@ def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
             shutil.copyfile(Path(source or "") / name, folder / name)
 
 
-def _files(sharded: ShardedModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """This rank's part of the model, one file's tensors at a time."""
-    tensors: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in _own_tensors(sharded):
-        if tensors and size + tensor.nbytes > max_bytes:
-            yield tensors
-            tensors, size = {}, 0
-        tensors[name] = tensor
-        size += tensor.nbytes
-    if tensors:
-        yield tensors
-
-
-def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[Entry, Callable[[], Tensor]]]:
+    """This rank's part of the model, and what makes each tensor."""
     subnetwork = sharded.subnetwork
     layout = subnetwork.layout
     chosen = writers([(subnetwork.owners(unit), unit.numel) for unit in layout.units])
@@ -167,25 +154,35 @@ def _own_tensors(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
         if writer != subnetwork.rank:
             continue
         yield from _unit_tensors(by_name[unit.name], folds)
+        views = by_name[unit.name].views()
         for alias, name in aliases.items():
-            if any(spec.name == name for spec in unit.parameters):
-                yield alias, by_name[unit.name].views()[name].cpu().clone()
+            if name in views:
+                yield _as_it_is(alias, views[name])
     yield from _persistent_buffers(sharded)
 
 
-def _unit_tensors(unit: Unit, folds: Mapping[str, Fold]) -> Iterator[tuple[str, Tensor]]:
+def _unit_tensors(
+    unit: Unit, folds: Mapping[str, Fold]
+) -> Iterator[tuple[Entry, Callable[[], Tensor]]]:
     finest = unit.master if unit.master.numel() == unit.flat.numel() else unit.flat
+    views = unit.views()
     for spec, start in zip(unit.layout.parameters, unit.offsets, strict=True):
-        here = slice(start, start + spec.numel)
+        entry, content = _as_it_is(spec.name, views[spec.name])
         if spec.name in folds:
-            value = folds[spec.name](finest[here].detach().cpu()).to(unit.flat.dtype)
-        else:
-            # A view would be written with the whole unit behind it.
-            value = unit.flat[here].detach().cpu().clone()
-        yield spec.name, value.view(spec.shape)
+            here = finest[start : start + spec.numel]
+            content = functools.partial(_folded, folds[spec.name], here, entry.dtype)
+        yield entry, content
 
 
-def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+def _as_it_is(name: str, tensor: Tensor) -> tuple[Entry, Callable[[], Tensor]]:
+    return Entry(name, tensor.dtype, tuple(tensor.shape)), lambda: tensor
+
+
+def _folded(fold: Fold, values: Tensor, dtype: torch.dtype) -> Tensor:
+    return fold(values.detach().cpu()).to(dtype)
+
+
+def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[Entry, Callable[[], Tensor]]]:
     """The buffers that ``from_pretrained`` expects, each from the lowest rank that has it."""
     subnetwork = sharded.subnetwork
     prefix = subnetwork.layout.blocks_path + "."
@@ -198,7 +195,7 @@ def _persistent_buffers(sharded: ShardedModel) -> Iterator[tuple[str, Tensor]]:
             block = int(name[len(prefix) :].split(".", 1)[0])
             lowest = subnetwork.plan.owner_sets[block][0]
         if subnetwork.rank == lowest:
-            yield name, value.detach().cpu().clone()
+            yield _as_it_is(name, value)
 
 
 def write_index(partial: Path, files: list[WrittenFile]) -> None:

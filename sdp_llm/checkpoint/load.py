@@ -275,6 +275,8 @@ def _load_optimizer(
     by_tensor = {piece.tensor: piece for piece in slices}
     kinds = {kind for kind, _ in reader.ranges} - {MASTER, RNG, CUDA_RNG}
     content = optimizer.state_dict()
+    content["state"] = {}
+    optimizer.state.clear()  # so that there are never two states
     index = 0
     for group in optimizer.param_groups:
         for tensor in group["params"]:

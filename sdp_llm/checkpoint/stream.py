@@ -25,7 +25,10 @@ _DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -45,11 +48,24 @@ class Entry:
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> WrittenFile:
     """Write tensors as ``safetensors.torch.save_file`` would, flush them, and describe the file.
 
-    safetensors' own function makes a copy of everything first. Here one tensor at a time comes to
-    the host, and its bytes are hashed while they are written. Views of larger tensors are fine.
+    Other than there, one tensor at a time comes to the host, its bytes are hashed while they are
+    written, and views of larger tensors are fine.
     """
     entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
     return write_stream(path, entries, (tensor for _, tensor in tensors))
+
+
+def split_files(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """The entries of each file, none larger than ``max_bytes`` unless it has a single tensor."""
+    files: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not files or size + entry.nbytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(entry)
+        size += entry.nbytes
+    return files
 
 
 def write_stream(

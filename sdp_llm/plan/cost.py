@@ -4,7 +4,8 @@ The closed forms of the design, section 3. Symbols: `n` ranks; `S` shared parame
 included; `K` free parameters that a rank owns and `K/p` the sum of their shards; `w`, `r` bytes
 per element of weights and of reductions; `f = (n-1)/n` and `q = (p-1)/p`; `A` micro-batches per
 step. What is left out is small: the padding of a unit to a multiple of `p`, the model's buffers,
-and the 8 bytes of the gradient norm.
+and the 8 bytes of the gradient norm. On CUDA, what the kernels and NCCL take beside torch's
+allocator is left out too: NCCL has buffers for each group, and a rank is in one per owner set.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ class GradientProbe:
         :param gradient: what this owner adds to the unit's average, 1-D, up to a factor.
         """
         assert unit.group is not None
-        own = gradient.to(torch.float32)
-        norm = squared_norm(own).sqrt().to(torch.float32)
+        direction = gradient.to(torch.float32, copy=True)
+        norm = squared_norm(direction).sqrt().to(torch.float32)
         # A gradient of zeros has no direction: it is like none of the others.
-        direction = own / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        direction /= norm.clamp_min(torch.finfo(torch.float32).tiny)
         communicator = self._sharded.communicator
         numel = communicator.received_numel(direction.numel(), unit.group)
         summands, pending = communicator.reduce_scatter(

@@ -22,8 +22,9 @@ class GradientReducer:
     """Accumulates this rank's gradients and averages each unit's over its owners.
 
     Between :meth:`begin` and :meth:`finish` a hook on every parameter moves its gradient into its
-    unit in fp32. In a pass that reduces, a unit's reduction starts as soon as it is complete and
-    its turn has come; the backward pass goes on meanwhile.
+    unit in fp32, or at stage 2 into what will be sent, in the type of that. In a pass that reduces,
+    a unit's reduction starts as soon as it is complete and its turn has come; the backward pass
+    goes on meanwhile.
 
     ``probe`` (settable) is shown what this rank sends of each unit, while it is on its way.
 
@@ -77,6 +78,11 @@ class GradientReducer:
         """Announce a backward pass; ``reduce`` says whether it ends in averaged gradients."""
         if self._stage == 2 and not reduce:
             raise RuntimeError("stage 2 keeps no unreduced gradients: every pass must reduce")
+        if self._collected or self._under_way or self._gather is not None:
+            raise RuntimeError(
+                "backward: a pass that failed has left gradients; call engine.zero_grad() on all "
+                "ranks and begin the step anew"
+            )
         for unit in self._units:
             if self._stage == 1 and unit.is_averaged:
                 unit.reopen()

@@ -133,6 +133,11 @@ def initial_values(
     model, aliases = subnetwork.model, subnetwork.layout.aliases
     is_given = subnetwork.given is not None or subnetwork.pretrained is not None
     folds = subnetwork.residual_scale.folds() if is_given else {}
+    if subnetwork.given is not None:
+        held = filter(subnetwork.holds, subnetwork.layout.units)
+        names = {spec.name for unit in held for spec in unit.parameters}
+        for name in subnetwork.given.keys() - names:
+            del subnetwork.given[name]
     for pieces in unsplit(subnetwork.layout):
         if not subnetwork.holds(pieces[0]):
             continue
@@ -145,3 +150,4 @@ def initial_values(
             values = initialize_unit(model, specs, aliases, seed)
         values |= {name: folds[name].undo(v) for name, v in values.items() if name in folds}
         yield pieces, values
+        del values

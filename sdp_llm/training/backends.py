@@ -178,15 +178,15 @@ class EngineBackend:
         pending = self.engine.save_checkpoint_in_background(folder, tag, state)
         self._in_background = pending
 
-    def finish_save(self) -> None:
+    def finish_save(self) -> float:
         """Wait for the save in the background and give it its name. Collective.
 
+        :returns: the seconds in which this rank wrote.
         :raises ConfigError: on every rank, when one could not write.
         """
         assert self._in_background is not None
-        self.wait_for_weights()
         pending, self._in_background = self._in_background, None
-        pending.finish()
+        return pending.finish()
 
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Collective.

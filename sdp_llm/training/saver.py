@@ -37,8 +37,11 @@ class Saving(Protocol):
         """Begin to write ``folder/tag`` in the background. Collective, raises likewise."""
         ...
 
-    def finish_save(self) -> None:
-        """End what :meth:`begin_save` began. Collective, raises likewise."""
+    def finish_save(self) -> float:
+        """End what :meth:`begin_save` began. Collective, raises likewise.
+
+        :returns: the seconds in which this rank wrote.
+        """
         ...
 
 
@@ -121,6 +124,7 @@ class Saver:
         if is_async:
             self._pending = _Pending(position.step, started, stalled)
             return None
+        self._save_seconds = stalled
         self._saved(_Pending(position.step, started, stalled))
         return None
 
@@ -148,7 +152,7 @@ class Saver:
         ACTIVITY.enter(SAVE)
         started = time.perf_counter()
         try:
-            self._backend.finish_save()
+            self._save_seconds = self._backend.finish_save()
         except UnnamedCheckpoint as error:
             self._warn(pending.step, error)
         except ConfigError as error:
@@ -160,7 +164,6 @@ class Saver:
     def _saved(self, save: _Pending) -> None:
         self._saved_step = save.step
         tag, seconds = tag_of(save.step), time.perf_counter() - save.started
-        self._save_seconds = seconds
         stall = f", training waited {save.stalled:.1f} s" if self._config.async_save else ""
         self._say(f"saved {self._folder.checkpoints / tag} in {seconds:.1f} s{stall}")
         entry = {"checkpoint/seconds": seconds, "checkpoint/stalled_seconds": save.stalled}

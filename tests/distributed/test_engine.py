@@ -237,12 +237,13 @@ def error_of(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     return ""
 
 
-def after_a_failed_pass(case: Case) -> list[dict[str, np.ndarray]]:
-    """Run on a rank: two steps, with and without a backward pass before that fails midway."""
+def after_a_failed_pass(case: Case, folder: str) -> list[dict[str, np.ndarray]]:
+    """Run on a rank: two steps, straight and after a backward pass that failed midway."""
     found = []
-    for fails in (False, True):
+    for mended_by in (None, "zero_grad", "load_checkpoint"):
         engine = build(case)
-        if fails:
+        if mended_by is not None:
+            engine.save_checkpoint(folder)
             embedding = engine.module.get_parameter("model.embed_tokens.weight")
 
             def fail(gradient: torch.Tensor) -> None:
@@ -254,7 +255,9 @@ def after_a_failed_pass(case: Case) -> list[dict[str, np.ndarray]]:
             hook.remove()
             with pytest.raises(RuntimeError, match=r"a backward pass outside engine\.backward"):
                 engine.module(my_slice(5)).logits.sum().backward()
-            engine.zero_grad()
+            with pytest.raises(RuntimeError, match=r"left gradients; call engine\.zero_grad"):
+                forward_backward(engine, 5)
+            engine.zero_grad() if mended_by == "zero_grad" else engine.load_checkpoint(folder)
         for step in range(2):
             forward_backward(engine, step)
             engine.step()
@@ -263,10 +266,14 @@ def after_a_failed_pass(case: Case) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_failed_backward_pass_leaves_nothing_behind(stage: int, pools: Pools) -> None:
-    for straight, after in pools(2).run(after_a_failed_pass, Case(2, stage=stage)):
+def test_a_failed_backward_pass_leaves_nothing_behind(
+    stage: int, pools: Pools, tmp_path: Path
+) -> None:
+    runs = pools(2).run(after_a_failed_pass, Case(2, stage=stage), str(tmp_path))
+    for straight, *after in runs:
         for name, value in straight.items():
-            np.testing.assert_array_equal(after[name], value, err_msg=name)
+            for mended in after:
+                np.testing.assert_array_equal(mended[name], value, err_msg=name)
 
 
 def another_batch_size() -> tuple[list[float], list[float]]:

@@ -85,9 +85,10 @@ def rank_main(
             super().begin_save(folder, tag, state)
             self.begun = folder / tag
 
-        def finish_save(self) -> None:
-            super().finish_save()
+        def finish_save(self) -> float:
+            seconds = super().finish_save()
             self.report(self.begun)
+            return seconds
 
         def report(self, checkpoint: Path) -> None:
             nonlocal is_saving

@@ -68,6 +68,17 @@ def test_one_rank_needs_no_store() -> None:
     assert meet(SECONDS) is None
 
 
+def test_ranks_that_mpi_started_are_not_as_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    be_alone_by_default()
+    os.environ.pop("RANK")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"^OMPI_COMM_WORLD_SIZE = 8: .*; start the ranks with"):
+        be_alone_by_default()
+    be(monkeypatch, None)  # as mpirun -x RANK=... may
+    be_alone_by_default()
+
+
 def test_ranks_of_deepspeeds_launcher_take_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
     be(monkeypatch, this_process())
     hosted = meet(SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +171,24 @@ class Disk:
             raise UnnamedCheckpoint("rank 0: latest: cannot be written")
 
 
-def saver(tmp_path: Path, disk: Disk, said: list[str], size: int = 0) -> Saver:
+class SlowDisk(Disk):
+    """Writes in the background for 40 seconds, as it says."""
+
+    begin_save = Disk.save
+
+    def finish_save(self) -> float:
+        return 40.0
+
+
+def saver(
+    tmp_path: Path, disk: Disk, said: list[str], size: int = 0, is_async: bool = False
+) -> Saver:
     run = run_at(tmp_path / "run")
     folder = RunFolder(run, SCHEDULE, is_writer=True)
     status = Status(folder.path, 0, 100)
     status.write()
-    return Saver(
-        run.training, disk, folder, status, said.append, facts={"total_steps": 9}, size=size
-    )
+    training = replace(run.training, async_save=is_async)
+    return Saver(training, disk, folder, status, said.append, facts={"total_steps": 9}, size=size)
 
 
 def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
@@ -198,6 +208,16 @@ def test_a_long_stop_is_warned_about_once(tmp_path: Path) -> None:
     for _ in range(5):
         slow.warn_if_too_slow(5.1)
     assert sum("warning" in line for line in said) == 1
+
+
+def test_a_stop_is_expected_to_take_as_long_as_writing(tmp_path: Path) -> None:
+    said: list[str] = []
+    slow = saver(tmp_path, SlowDisk(), said, is_async=True)
+    slow.save(Position(step=1), can_wait=True)
+    slow.finish_written(True)
+    for _ in range(3):
+        slow.warn_if_too_slow(0.5)
+    assert "warning: a stop takes up to 41 s (two steps of 0.5 s and a save of 40.0 s)" in said[-1]
 
 
 def test_a_checkpoint_that_latest_does_not_name_counts(tmp_path: Path) -> None:
