@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,7 +133,9 @@ class GrowingCorpus:
 
     def _sizes(self) -> dict[Path, int]:
         """The files that grow, and how many bytes of each count."""
-        sizes = {self.folder / "hashes": self.state.documents * HASH.itemsize}
+        sizes = {}
+        if self._seen is not None:
+            sizes[self.folder / "hashes"] = self.state.documents * HASH.itemsize
         for split, counts in self.state.splits.items():
             sizes[self._path(split, ".bin")] = counts.tokens * self._dtype.itemsize
             sizes[self._path(split, ".lengths")] = counts.documents * 4
@@ -170,7 +173,8 @@ class GrowingCorpus:
         new = np.ones(len(rows), dtype=bool) if self._seen is None else self._seen.add(rows["hash"])
         dropped[DUPLICATE] += int((~new).sum())
         self.state.dropped = dict(dropped + Counter(self.state.dropped))
-        self._files[self.folder / "hashes"].write(rows["hash"][new].tobytes())
+        if self._seen is not None:
+            self._files[self.folder / "hashes"].write(rows["hash"][new].tobytes())
         fraction = self.state.settings["validation_fraction"]
         held_out = in_validation(rows["hash"], fraction)
         for split, chosen in (("train", new & ~held_out), ("validation", new & held_out)):
@@ -231,9 +235,13 @@ class GrowingCorpus:
         """
         self.save()
         self.close()
+        self._seen = None  # most of the memory
         for split in SPLITS:
             say(f"writing the index of {split}")
-            lengths = np.fromfile(self._path(split, ".lengths"), dtype="<i4")
+            path = self._path(split, ".lengths")
+            lengths: npt.NDArray[np.int32] = np.empty(0, "<i4")
+            if path.stat().st_size:  # mmap refuses an empty file
+                lengths = np.memmap(path, dtype="<i4", mode="r")
             write_index(self._path(split, ".idx"), lengths, self._dtype)
         files = {}
         for path in sorted(self.complete.glob("*_text_document.*")):
@@ -252,9 +260,15 @@ def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
 
     What the older one does not know yet is not compared.
     """
-    for key in new.keys() & old.keys():
-        if old[key] != new[key]:
-            raise ConfigError(
-                f"--output: {where} was begun with {key} = {json.dumps(old[key])}, now it is "
-                f"{json.dumps(new[key])}; give the same, another --output, or remove {where}"
-            )
+    for key, now in new.items():
+        before = old.get(key, now)
+        if before == now:
+            continue
+        if isinstance(before, list) and isinstance(now, list):
+            pairs = enumerate(zip_longest(before, now))
+            at, (before, now) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+            key = f"{key}[{at}]"
+        raise ConfigError(
+            f"--output: {where} was begun with {key} = {json.dumps(before)}, now it is "
+            f"{json.dumps(now)}; give the same, another --output, or remove {where}"
+        )

@@ -75,13 +75,16 @@ def _format_of(path: str) -> str | None:
     return _FORMATS.get(suffix)
 
 
-def find_source(source: str, name: str | None, flag: str = "--source") -> Source:
+def find_source(
+    source: str, name: str | None, flag: str = "--source", revision: str | None = None
+) -> Source:
     """Find the files that a path, a folder, a glob or the name of a hub dataset stands for.
 
     A folder stands for every file below it with a known suffix; files are sorted by path. Of a
     hub dataset it is the train split, in the dataset's own order.
 
     :param name: Configuration of the hub dataset.
+    :param revision: Commit of the hub dataset; None: the newest.
     :raises ConfigError: Nothing is found, or a file has an unknown suffix.
     :raises OSError: The hub cannot be reached.
     """
@@ -109,7 +112,7 @@ def find_source(source: str, name: str | None, flag: str = "--source") -> Source
     looks_local = source.count("/") != 1 or source.startswith((".", "/", "~")) or "*" in source
     if looks_local or _format_of(source):
         raise ConfigError(f"{flag} {source}: no such file; give a file, a folder or a glob")
-    return _find_on_hub(source, name, flag)
+    return _find_on_hub(source, name, flag, revision)
 
 
 def refuse_output_within(output: Path, source: str, flag: str = "--source") -> None:
@@ -125,12 +128,12 @@ def refuse_output_within(output: Path, source: str, flag: str = "--source") -> N
         )
 
 
-def _find_on_hub(source: str, name: str | None, flag: str) -> Source:
+def _find_on_hub(source: str, name: str | None, flag: str, wanted: str | None) -> Source:
     from datasets import load_dataset_builder
     from huggingface_hub import HfFileSystem
 
     def look() -> Iterator[tuple[list[str], list[int], Any, str | None]]:
-        builder = load_dataset_builder(source, name=name)
+        builder = load_dataset_builder(source, name=name, revision=wanted)
         paths = list((builder.config.data_files or {}).get("train", []))
         filesystem = HfFileSystem()  # the instance that the builder used: it knows the files
         # Without the hub `datasets` may find a copy in its cache, which is not these files.

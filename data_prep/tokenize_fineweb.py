@@ -111,18 +111,36 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     refuse_output_within(arguments.output, arguments.source)
 
 
-def is_complete(output: Path, settings: dict[str, Any]) -> bool:
-    """Return whether ``output`` is what the command would make.
+def complete_already(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of ``output`` where it is what the command would make; None: not there.
 
     :raises ConfigError: It is something else, which is not overwritten.
     """
-    try:
-        described = json.loads((output / "manifest.json").read_text())
-    except (OSError, ValueError):
+    described = _json(output / "manifest.json")
+    if not described:
         refuse_existing(output)
-        return False
+        return None
     check_settings(output, described.get("settings", {}), settings)
-    return True
+    return described
+
+
+def begun_revision(output: Path, source: str) -> str | None:
+    """Return the commit of the hub dataset ``source`` of which ``output`` was begun."""
+    for path in (output / "manifest.json", partial_of(output) / "state.json"):
+        settings = _json(path).get("settings", {})
+        if settings.get("source") == source:
+            revision: str | None = settings["revision"]
+            return revision
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a file; nothing where it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Watch:
@@ -186,10 +204,14 @@ def check_space(
     written = corpus.state.tokens * encoder.dtype.itemsize
     needed = expected.output_bytes + unfinished_bytes(arguments.workers) - written
     if needed > free:
-        raise ConfigError(
+        text = (
             f"--output {arguments.output}: needs {format_size(needed)} more, {format_size(free)} "
             "are free there; free some or choose another disk"
         )
+        if not expected.is_guess:
+            raise ConfigError(text)
+        guessed = "a guess, as the source is packed"
+        print(f"tokenize_fineweb: warning: {text} ({guessed})", file=sys.stderr)
 
 
 def fill(
@@ -221,14 +243,18 @@ def tokenize(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     limits = Limits(text_bytes=arguments.max_document_megabytes * 1_000_000)
     encoder = Encoder(arguments.tokenizer, limits)
-    source = find_source(arguments.source, arguments.name)
-    settings = output_settings(arguments, encoder, source)
     output: Path = arguments.output
-    if os.path.lexists(output) and is_complete(output, settings):
+    # A dataset may have had commits since: the corpus is of the one that it was begun with.
+    revision = begun_revision(output, arguments.source)
+    source = find_source(arguments.source, arguments.name, revision=revision)
+    settings = output_settings(arguments, encoder, source)
+    described = complete_already(output, settings) if os.path.lexists(output) else None
+    if described is not None:
         if is_own(partial_of(output)):  # from a run that was killed after its last action
             with suppress(OSError):  # it takes space, but the corpus is there
                 remove_own(partial_of(output))
         print(f"{output}: complete already")
+        refuse_failed(output, described.get("failed_files", []))
         return
     with locked_folder(output) as folder:
         corpus = GrowingCorpus(folder, settings, encoder.dtype)
@@ -274,8 +300,13 @@ def report(output: Path, state: State) -> None:
             print(f"tokenize_fineweb: warning: the {split} split is empty", file=sys.stderr)
     if state.dropped:
         print(f"{output}: left out: {left_out(state.dropped)}")
-    if state.failed_files:
-        listed = "; ".join(f"{failed['file']}: {failed['error']}" for failed in state.failed_files)
+    refuse_failed(output, state.failed_files)
+
+
+def refuse_failed(output: Path, failed_files: list[dict[str, str]]) -> None:
+    """Raise OSError if files could not be read whole."""
+    if failed_files:
+        listed = "; ".join(f"{failed['file']}: {failed['error']}" for failed in failed_files)
         raise OSError(
             f"{output} is complete but for what could not be read: {listed}; to have that too, "
             f"mend the files, remove {output} and start again"

@@ -20,10 +20,10 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
@@ -45,6 +45,7 @@ from sdp_llm.errors import ConfigError
 
 _MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out, without a word
 _MAX_RECORD = Limits(text_bytes=8_000_000).record_bytes  # as much as is tokenized by default
+_MANY_FILES = 50  # of more, a share is this part of all text: opening one may fetch 32 MiB
 _HELD_OUT_ONE_IN = 50  # documents kept from training for the round trip
 _HELD_OUT_BYTES = 1_000_000
 _PROBES = [
@@ -52,6 +53,8 @@ _PROBES = [
     "def f(x):\n\treturn {x: 'ä', 'naïve': 0.25}\n\nGrüße, 世界! \U0001f600",
     "Text may spell </s>, <s>, <unk> or <0x41> without meaning them.",
 ]
+
+T = TypeVar("T")
 
 
 def read_spread(source: Source, file: SourceFile, column: str) -> Iterator[Document]:
@@ -65,18 +68,24 @@ def read_spread(source: Source, file: SourceFile, column: str) -> Iterator[Docum
         for record in read_records(source, file, column, _MAX_RECORD):
             yield decode_record(record, file, column)
         return
-    row_groups = range(read_footer(source, file, column).row_groups)
-    # Multiples of the golden ratio spread evenly, however few of them are taken.
-    for group in sorted(row_groups, key=lambda number: number * 0.6180339887498949 % 1):
+    for group in spread(range(read_footer(source, file, column).row_groups)):
         yield from read_rows(source, file, column, range(group, group + 1))
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """The items in another order, of which any number from the start is spread over all."""
+    # Multiples of the golden ratio spread evenly, however few of them are taken.
+    places = sorted(range(len(items)), key=lambda number: number * 0.6180339887498949 % 1)
+    return [items[place] for place in places]
 
 
 def sample_documents(
     sources: list[Source], text_column: str, max_bytes: int
 ) -> tuple[list[str], list[str]]:
-    """Read at most ``max_bytes`` of UTF-8: an equal share of each file.
+    """Read about ``max_bytes`` of UTF-8: an equal share of each file.
 
-    What a short file leaves over goes to the files after it.
+    What a short file leaves over goes to the files after it. Of so many files that the shares would
+    be too small to be worth opening them, some are read, spread over all.
 
     :returns: (training documents, held-out documents); a document's own hash says which it is.
     :raises ConfigError: A file cannot be read, or there is no text.
@@ -87,8 +96,13 @@ def sample_documents(
     dropped: Counter[str] = Counter()
     total = held_bytes = 0
     files = [(source, file) for source in sources for file in source.files]
+    least = 0
+    if len(files) > _MANY_FILES:
+        files, least = spread(files), max_bytes // _MANY_FILES
     for position, (source, file) in enumerate(files):
-        limit = total + (max_bytes - total) // (len(files) - position)
+        if total >= max_bytes:
+            break
+        limit = total + max(least, (max_bytes - total) // (len(files) - position))
         for text in _texts(source, file, text_column, dropped):
             data = text.encode("utf-8", "replace")
             digest = hashlib.blake2b(data, digest_size=8).digest()

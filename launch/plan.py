@@ -57,7 +57,7 @@ def show(
     schedule = run_schedule(config, model, batch, world_size)
     size, setup = run_size(config, model, batch, backend)
     limit = config.sdp.memory_limit_gib
-    name = Path(config.model.config).stem
+    name = Path(config.model.config).name.removesuffix(".json")
     print(run_report(schedule, size, setup, model=name, memory_limit_gib=limit))
     if schedule.total_steps != ENDLESS:
         steps, samples = schedule.total_steps, batch.global_batch

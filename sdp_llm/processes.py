@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RUNNING, STOPPED, GONE, ELSEWHERE = "running", "stopped", "gone", "on another machine"
 
@@ -52,6 +53,17 @@ class ProcessId:
         finally:
             os.close(descriptor)
         return True
+
+
+def is_gone(described: Mapping[str, Any]) -> bool:
+    """Whether a process that is described by the fields of ProcessId is gone, as far as one knows.
+
+    False where fields are missing.
+    """
+    names = ("machine", "host", "pid", "started")
+    if any(described.get(name) is None for name in names):
+        return False
+    return ProcessId(*(described[name] for name in names)).state() == GONE
 
 
 def machine() -> str:

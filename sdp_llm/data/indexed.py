@@ -53,7 +53,7 @@ _DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
 }
 _CODE_BY_DTYPE = {dtype: code for code, dtype in _DTYPE_BY_CODE.items()}
 _REMAKE = "make the corpus again with `python data_prep/tokenize_fineweb.py`"
-_CHECK_ROWS = 1 << 20  # index entries checked at a time: bounds the memory of opening a dataset
+_ROWS = 1 << 20  # index entries at a time: bounds the memory of writing and opening a dataset
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -87,15 +87,21 @@ def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: npt.DTypeLi
     :param dtype: Of the ids in the .bin.
     """
     itemsize = np.dtype(dtype).itemsize
-    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
-    pointers = np.concatenate(([0], ends))[: len(lengths)]
-    documents = np.arange(len(lengths) + 1)
     code = _CODE_BY_DTYPE[np.dtype(dtype).newbyteorder("<")]
+    count = len(lengths)
+    parts = [lengths[start : start + _ROWS] for start in range(0, count, _ROWS)]
     with path.open("wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(documents)))
-        stream.write(lengths.astype("<i4", copy=False).tobytes())
-        for part in (pointers, documents):
-            stream.write(part.astype("<i8", copy=False).tobytes())
+        stream.write(_HEADER.pack(_MAGIC, _VERSION, code, count, count + 1))
+        for part in parts:
+            stream.write(part.astype("<i4", copy=False).tobytes())
+        position = 0
+        for part in parts:
+            ends = position + np.cumsum(part, dtype=np.int64) * itemsize
+            stream.write((ends - part.astype(np.int64) * itemsize).astype("<i8").tobytes())
+            position = int(ends[-1])
+        for start in range(0, count + 1, _ROWS):
+            documents = np.arange(start, min(start + _ROWS, count + 1), dtype="<i8")
+            stream.write(documents.tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -256,17 +262,18 @@ class IndexedDataset:
     def _check_index(self) -> None:
         """Check that the sequences lie back to back and that the documents cover them."""
         position = 0
-        for start in range(0, len(self._lengths), _CHECK_ROWS):
-            lengths = self._lengths[start : start + _CHECK_ROWS].astype(np.int64)
+        for start in range(0, len(self._lengths), _ROWS):
+            lengths = self._lengths[start : start + _ROWS].astype(np.int64)
             ends = position + np.cumsum(lengths)
-            pointers = self._pointers[start : start + _CHECK_ROWS]
+            pointers = self._pointers[start : start + _ROWS]
             if lengths.min() < 0 or np.any(pointers != (ends - lengths) * self.dtype.itemsize):
                 raise self._corrupt("its sequences do not lie back to back")
             position = int(ends[-1])
         self._num_tokens = position
         documents = self._documents
-        inside = documents[0] == 0 and documents[-1] == len(self._lengths)
-        if not inside or np.any(documents[1:] < documents[:-1]):
+        is_covering = documents[0] == 0 and documents[-1] == len(self._lengths)
+        parts = (documents[start : start + _ROWS + 1] for start in range(0, len(documents), _ROWS))
+        if not is_covering or any(np.any(part[1:] < part[:-1]) for part in parts):
             raise self._corrupt("its documents do not cover its sequences in order")
 
     @property

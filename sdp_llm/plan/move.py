@@ -48,16 +48,19 @@ def transfers(move: Move, stage: int) -> list[Transfer]:
     this order two ranks agree on what they send each other.
     """
     found = []
-    for target in move.new:
-        first, last = optimised_bounds(move.numel, move.new, target, stage)
-        if stage == 0 and target in move.old:
-            found.append(Transfer(target, target, first, last))
-            continue
-        for source in move.old:
-            low, high = shard_bounds(move.numel, move.old, source)
-            start, stop = max(first, low), min(last, high)
-            if start < stop:
-                found.append(Transfer(source, target, start, stop))
+    numel, had = move.numel, set(move.old)
+    old_size, new_size = (-(-numel // len(owners)) for owners in (move.old, move.new))
+    for place, target in enumerate(move.new):
+        first, last = place * new_size, min((place + 1) * new_size, numel)
+        if stage == 0:
+            first, last = 0, numel
+            if target in had:
+                found.append(Transfer(target, target, first, last))
+                continue
+        # Only the owners whose shards overlap: owner sets may have hundreds of ranks.
+        for at in range(first // old_size, -(-last // old_size) if first < last else 0):
+            start, stop = max(first, at * old_size), min(last, (at + 1) * old_size)
+            found.append(Transfer(move.old[at], target, start, stop))
     return found
 
 

@@ -105,8 +105,11 @@ def _current(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         while kept and kept[-1]["step"] > step:
             kept.pop()
-        if kept and kept[-1]["step"] == step:
-            kept = [e for e in kept if e["step"] < step or _kind(e) != kind]
+        at = len(kept)
+        while at and kept[at - 1]["step"] == step:
+            at -= 1
+            if _kind(kept[at]) == kind:
+                del kept[at]
         kept.append(entry)
     return kept
 

@@ -34,6 +34,8 @@ _LOUD = {
     "training.seed": "the order of samples changes: some are read twice, some not at all",
     "data.validation": "",
     "data.tokenizer": "",
+    "data.num_workers": "",
+    "data.document_mask": "what a token attends to changes from here on",
     "data.": "the data change: samples are counted on, whatever they are",
     "optimizer.": "the optimizer keeps the checkpoint's",
     "scheduler": "the schedule goes on at this step of the new one",

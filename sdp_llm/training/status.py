@@ -11,7 +11,7 @@ from typing import Any
 
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.files import replace_text
-from sdp_llm.processes import GONE, ProcessId, this_process
+from sdp_llm.processes import is_gone, this_process
 
 STATUS = "status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED = "running", "finished", "preempted", "failed"
@@ -29,10 +29,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 def was_killed(status: Mapping[str, Any]) -> bool:
     """Whether a run that says "running" has no process any more, as its rank 0's machine knows."""
-    names = ("machine", "host", "pid", "started")
-    if status.get("state") != RUNNING or any(status.get(name) is None for name in names):
-        return False
-    return ProcessId(*(status[name] for name in names)).state() == GONE
+    return status.get("state") == RUNNING and is_gone(status)
 
 
 def describe_status(status: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def summary_card(
     :param steps: of the budget, with those before ``position``.
     """
     assert run.model is not None
-    name = Path(run.model.config).stem
+    name = Path(run.model.config).name.removesuffix(".json")
     schedule = inputs.schedule
     if isinstance(prediction, ConfigError):
         # A model whose cost cannot be predicted (experts, convolutions) trains all the same.

@@ -201,7 +201,8 @@ class Trainer:
         self.position.seconds += reduced.seconds
         batch = self.inputs.batch.global_batch
         tokens = reduced.steps * batch * self.inputs.train.sequence_length
-        step_seconds = self.position.seconds / self.step
+        # Of the steps since the last line: ranks, or a phase, may have changed since the first.
+        step_seconds = reduced.seconds / reduced.steps
         to_validation = self._steps_to_validation()
         line = LogLine(
             step=self.step,

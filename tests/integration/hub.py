@@ -64,6 +64,7 @@ class HubServer:
         int stands for a Fault of that status. A pattern is matched with "METHOD /path", such as
         ``GET */000.parquet`` or ``* /api/*``; the path has no query and no escapes.
         ``itertools.repeat(503)`` never ends.
+    :param newest: The commit of main; the same files are at REVISION, too.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class HubServer:
         folder: Path,
         repository: str = "org/name",
         faults: Faults | None = None,
+        newest: str = REVISION,
     ) -> None:
         self.folder = folder
+        self.newest = newest
         self.repository = repository
         self._faults: dict[str, Iterator[int | Fault]] = {
             pattern: iter(kinds) for pattern, kinds in (faults or {}).items()
@@ -211,10 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         if path.startswith(resolve := f"/datasets/{hub.repository}/resolve/"):
             revision, _, inner = path.removeprefix(resolve).partition("/")
-            return self._known(revision) or self._file(inner)
+            return self._known(revision) or self._file(inner, self._commit(revision))
         api = f"/api/datasets/{hub.repository}"
         if path == api:
-            return _json(self._info())
+            return _json(self._info("main"))
         route = re.fullmatch(rf"{re.escape(api)}/(revision|tree|paths-info)/([^/]+)/?(.*)", path)
         if route is None:
             return _missing("RepoNotFound")
@@ -222,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (unknown := self._known(revision)) is not None:
             return unknown
         if kind == "revision":
-            return _json(self._info())
+            return _json(self._info(revision))
         if kind == "paths-info":
             wanted = parse_qs(body.decode()).get("paths", [])
             return _json([e for e in self._entries("", recursive=True) if e["path"] in wanted])
@@ -232,13 +235,17 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(self._entries(inner, recursive))
 
     def _known(self, revision: str) -> _Answer | None:
-        return None if revision in ("main", REVISION) else _missing("RevisionNotFound")
+        known = ("main", REVISION, self.server.hub.newest)
+        return None if revision in known else _missing("RevisionNotFound")
 
-    def _info(self) -> dict[str, Any]:
+    def _commit(self, revision: str) -> str:
+        return self.server.hub.newest if revision == "main" else revision
+
+    def _info(self, revision: str) -> dict[str, Any]:
         files = [e for e in self._entries("", recursive=True) if e["type"] == "file"]
         return {
             "id": self.server.hub.repository,
-            "sha": REVISION,
+            "sha": self._commit(revision),
             "private": False,
             "gated": False,
             "siblings": [{"rfilename": e["path"], "size": e["size"]} for e in files],
@@ -260,13 +267,13 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return entries
 
-    def _file(self, inner: str) -> _Answer:
+    def _file(self, inner: str, commit: str) -> _Answer:
         path = self.server.hub.folder / inner
         if not path.is_file():
             return _missing("EntryNotFound")
         content = path.read_bytes()
         headers = {
-            "X-Repo-Commit": REVISION,
+            "X-Repo-Commit": commit,
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
             "Accept-Ranges": "bytes",
         }

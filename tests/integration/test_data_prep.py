@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from data_prep import inspect_data, python_corpus, tokenize_fineweb, train_token
 from data_prep._common import is_own, new_output
 from data_prep._encoding import Encoder
 from data_prep._pieces import Limits
+from data_prep._source import find_source
 from data_prep._tokenizer import encode_plain, load_tokenizer
 from sdp_llm.errors import ConfigError
 from tests.integration.conftest import execute
@@ -160,6 +162,18 @@ def test_a_long_document_is_trained_on(tmp_path: Path, suffix: str) -> None:
     arguments = ["--input", str(source), "--vocab_size", "400", "--output", str(output)]
     assert train_tokenizer.main(arguments) == 0
     assert "▁zebra" in load_tokenizer(output).get_vocab()
+
+
+def test_of_many_files_some_are_read_from_all_over(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(200):
+        write_jsonl(tmp_path / "in" / f"{number:03d}.jsonl", [f"{number} " + "word " * 200] * 9)
+    source = find_source(str(tmp_path / "in"), None)
+    training, held_out = train_tokenizer.sample_documents([source], "text", 100_000)
+    numbers = sorted({int(text.split()[0]) for text in (*training, *held_out)})
+    assert sum(map(len, training)) == pytest.approx(100_000, rel=0.02)
+    assert 30 < len(numbers) < 60
+    assert max(b - a for a, b in pairwise([0, *numbers, 199])) < 15
 
 
 def test_what_a_tokenizer_is_not_trained_on_is_said(

@@ -263,6 +263,9 @@ def test_a_broken_file_does_not_stop_the_others(
     assert (got[0], got[-1]) == ("good before", "good after")
     assert len(got) >= 2 + at_least
     assert [failed["file"] for failed in manifest(tmp_path / "o")["failed_files"]] == [name]
+    # As often as one asks.
+    assert tokenize(tmp_path / "in", tokenizer_folder, tmp_path / "o", *ALL_TRAIN) == 1
+    assert errors[0] in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line(
@@ -358,6 +361,11 @@ def test_the_disk_is_checked_before_the_start(
     assert "about 505 documents" in captured.out
     assert "16 bytes a document: 8.08 kB" in captured.out
     assert not list(tmp_path.glob("o*"))
+    # How much a packed source will take is not known well enough to refuse it.
+    packed = tmp_path / "in.jsonl.gz"
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    assert tokenize(packed, tokenizer_folder, tmp_path / "o") == 0
+    assert "tokenize_fineweb: warning: --output" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(

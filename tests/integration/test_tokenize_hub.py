@@ -45,9 +45,10 @@ def run(
     faults: Faults,
     more: Sequence[object] = (),
     code: int = 0,
+    newest: str = REVISION,
 ) -> tuple[CompletedProcess[str], HubServer]:
     """Tokenize the dataset; waits are cut short."""
-    with HubServer(repository, faults=faults) as hub:
+    with HubServer(repository, faults=faults, newest=newest) as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "home", longest_sleep=0.02)}
         made = script("tokenize_fineweb", "--source", "org/name", "--name", "sample-x",
                       "--tokenizer", tokenizer, "--output", tmp_path / "o", "--workers", 1,
@@ -75,6 +76,11 @@ def test_the_same_tokens_as_from_the_disk(
     assert any("001.parquet" in line for line in waiting)
     # Nothing is asked twice without need: the list of files travels with the source.
     assert hub.count("GET */tree/*") <= 2
+    # The dataset has had a commit since; what is made of the one before is that all the same.
+    made, _ = run(tmp_path, repository, tokenizer_folder, {}, newest="f" * 40)
+    assert "complete already" in made.stdout
+    made, _ = run(tmp_path / "later", repository, tokenizer_folder, {}, newest="f" * 40)
+    assert manifest(tmp_path / "later" / "o")["settings"]["revision"] == "f" * 40
 
 
 @pytest.mark.slow

@@ -272,6 +272,12 @@ def test_other_settings_do_not_go_on(
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "<s>"}))
     assert tokenize(source, tmp_path / "tokenizer", output, *SPLIT) == 2
     assert "was begun with eos_id = 2, now it is 1" in capsys.readouterr().err
+    # Of thousands of files the one that differs is named.
+    size = source.stat().st_size
+    source.write_text(source.read_text() + "\n")
+    assert tokenize(source, tokenizer_folder, output, *SPLIT) == 2
+    names = f'files[0] = ["in.jsonl", {size}], now it is ["in.jsonl", {size + 1}]; give the same'
+    assert f"was begun with {names}" in capsys.readouterr().err
     assert (
         len(train_texts(output, tokenizer_folder))
         == manifest(output)["splits"]["train"]["documents"]

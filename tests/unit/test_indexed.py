@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdp_llm.data import indexed
 from sdp_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from sdp_llm.errors import ConfigError
 
@@ -70,6 +71,22 @@ def test_round_trip(tmp_path: Path) -> None:
     for index in (-1, 4):
         with pytest.raises(IndexError):
             data.document(index)
+
+
+def test_an_index_is_written_and_checked_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "whole", DOCUMENTS)
+    for rows in (1, 2, 3):
+        monkeypatch.setattr(indexed, "_ROWS", rows)
+        write(tmp_path / f"{rows}", DOCUMENTS)
+        assert (tmp_path / f"{rows}.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
+        assert IndexedDataset(tmp_path / f"{rows}").num_tokens == 6
+        torn = hand_packed_index(8, [2, 2, 2], [0, 4, 8], [0, 2, 1, 3])
+        (tmp_path / "torn.idx").write_bytes(torn)
+        (tmp_path / "torn.bin").write_bytes(bytes(12))
+        with pytest.raises(ConfigError, match="do not cover its sequences in order"):
+            IndexedDataset(tmp_path / "torn")
 
 
 def test_an_empty_corpus_is_valid(tmp_path: Path) -> None:

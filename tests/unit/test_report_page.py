@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from launch.report import report
 from sdp_llm.cli import run_command
 from sdp_llm.plan import make_plan
 from sdp_llm.plan.schedule import Phase, Schedule
+from sdp_llm.processes import this_process
 from sdp_llm.report.page import page
 from sdp_llm.report.picture import phases_of_schedule, plan_svg
 from sdp_llm.report.record import read_run, read_runs
-from sdp_llm.report.table import row_of
+from sdp_llm.report.table import progress_text, row_of
 from tests.unit.runs import BLOCKS, WORLD_SIZE, make_run, training_line, two_phases
 
 SINGLE = {"meta", "input", "rect", "line", "circle", "path", "br"}
@@ -141,6 +142,16 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     assert row["memory of a rank"] == ("5.00 MiB", "model state of rank 3\n4.00 MiB predicted")
     assert row["spread of losses"] == ("0.7500", "between ranks\nrank 3 highest in 100%")
     assert row["plan"] == ("2 phases", "4 ranks")
+
+
+def test_a_run_that_was_killed_is_not_going_on(tmp_path: Path) -> None:
+    record = read_run(make_run(tmp_path, state="running"), "demo")
+    gone = replace(this_process(), pid=2**22 + 7)
+    for process, ending in ((this_process(), "still going"), (gone, "killed")):
+        running = replace(record, status={"state": "running", **asdict(process)})
+        assert progress_text(running) == f"40 of 40 steps, {ending}"
+        left = replace(running, training=[{**record.training[-1], "eta": 600.0}])
+        assert row_of(left)["time in steps"][1] == ("10 min left" if ending != "killed" else "")
 
 
 def test_the_page_lies_in_the_run_by_default(tmp_path: Path) -> None:

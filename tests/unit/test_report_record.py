@@ -34,6 +34,13 @@ def test_steps_that_were_done_again_count_once_and_the_later_count(tmp_path: Pat
     assert [e["validation/loss"] for e in record.validation] == [7.5, 1.25]
 
 
+def test_lines_of_one_step_replace_their_own_kind_only(tmp_path: Path) -> None:
+    lines = [training_line(10), validation_line(10, 7.5), training_line(10, loss=2.0)]
+    record = read_run(make_run(tmp_path, [training_line(5), *lines]), "run")
+    assert [(e["step"], e["loss"]) for e in record.training] == [(5, 7.5), (10, 2.0)]
+    assert [e["validation/loss"] for e in record.validation] == [7.5]
+
+
 def test_a_save_in_the_background_takes_nothing_back(tmp_path: Path) -> None:
     lines = [training_line(10), training_line(20), {"step": 10, "checkpoint/seconds": 3.0}]
     record = read_run(make_run(tmp_path, lines), "run")

@@ -195,6 +195,11 @@ def test_another_length_of_a_budget_of_tokens_says_where_it_ends() -> None:
     assert len(lines) == 3
 
 
+def test_how_batches_are_read_does_not_change_the_data() -> None:
+    before, now = (prepared(100, None, data=DATA | {"num_workers": n}) for n in (0, 2))
+    assert said(before, now, 60) == []
+
+
 def test_fewer_tokens_are_only_another_budget() -> None:
     before, now = (prepared(0, None, training={"tokens": n << 13}) for n in (100, 50))
     [line] = said(before, now, 60)

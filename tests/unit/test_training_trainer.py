@@ -111,7 +111,9 @@ def test_the_order_of_things(
     dataset: PackedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = Notes()
-    trainer(dataset, tmp_path, backend, eval_interval=4, eval_samples=5).fit()
+    slow_before = trainer(dataset, tmp_path, backend, eval_interval=4, eval_samples=5)
+    slow_before.position.seconds = 1e6
+    slow_before.fit()
     assert [step for step, *_ in backend.evaluated] == [4, 8, 10]
     assert backend.exported == [(tmp_path / "run" / "model", None)]
     entries = metrics(tmp_path)
@@ -127,6 +129,7 @@ def test_the_order_of_things(
     assert lines[0]["to_validation"] == pytest.approx(lines[0]["eta"] * 4 / 6)
     assert lines[1]["to_validation"] == pytest.approx(lines[1]["eta"])
     assert lines[2]["to_validation"] is None
+    assert lines[0]["eta"] < 1000  # whatever it took until the resume
     assert [e["validation/loss"] for e in entries if "validation/loss" in e] == [7.0, 11.0, 13.0]
     assert [samples for values, samples in backend.monitored if "train/loss" in values] == [
         24,
