@@ -238,11 +238,8 @@ class GrowingCorpus:
         self._seen = None  # most of the memory
         for split in SPLITS:
             say(f"writing the index of {split}")
-            path = self._path(split, ".lengths")
-            lengths: npt.NDArray[np.int32] = np.empty(0, "<i4")
-            if path.stat().st_size:  # mmap refuses an empty file
-                lengths = np.memmap(path, dtype="<i4", mode="r")
-            write_index(self._path(split, ".idx"), lengths, self._dtype)
+            # The memory map must not outlive this: some disks remove no file that has one.
+            write_index(self._path(split, ".idx"), self._lengths(split), self._dtype)
         files = {}
         for path in sorted(self.complete.glob("*_text_document.*")):
             say(f"checksum of {path.name}")
@@ -253,6 +250,12 @@ class GrowingCorpus:
         refuse_existing(output)
         self.complete.rename(output)
         remove_own(self.folder)
+
+    def _lengths(self, split: str) -> npt.NDArray[np.int32]:
+        path = self._path(split, ".lengths")
+        if not path.stat().st_size:  # which mmap refuses
+            return np.empty(0, "<i4")
+        return np.memmap(path, dtype="<i4", mode="r")
 
 
 def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from data_prep._source import Source
 _SAMPLE_DOCUMENTS = 256
 _COMPRESSED_TEXT = 2.6  # bytes of JSON lines per byte of .gz or .zst: of FineWeb, levels 6 and 3
 _INDEX_BYTES = 4 + 8 + 8  # per document, in the .idx
-_WORK_BYTES = HASH.itemsize + 4  # per document, while a run is under way
+_WORK_BYTES = 4  # per document, while a run is under way
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Estimate:
 
 
 def estimate(
-    source: Source, column: str, encoder: Encoder, max_documents: int | None
+    source: Source, column: str, encoder: Encoder, max_documents: int | None, *, dedup: bool
 ) -> Estimate | None:
     """Tokenize the first documents and scale up by the sizes of the files.
 
+    :param dedup: Whether hashes are kept.
     :returns: None if no file has a usable document.
     """
     for piece in cut(source, column, encoder.limits):
@@ -53,7 +54,7 @@ def estimate(
         if max_documents is not None:
             documents = min(documents, max_documents)
         tokens = documents * sum(map(len, encoder.encode(texts))) / len(texts)
-        per_document = _INDEX_BYTES + _WORK_BYTES
+        per_document = _INDEX_BYTES + _WORK_BYTES + (HASH.itemsize if dedup else 0)
         written = tokens * encoder.dtype.itemsize + documents * per_document
         return Estimate(documents, tokens, written, piece.file.compression is not None)
     return None

@@ -146,8 +146,10 @@ def _find_on_hub(source: str, name: str | None, flag: str, wanted: str | None) -
     except HubUnreachable:
         raise
     except Exception as error:  # datasets raises ValueError, FileNotFoundError and more
+        begun = f" at commit {wanted}, with which --output was begun; for the newest, remove that"
         raise ConfigError(
-            f"{flag} {source}: no such file, and not readable from the hub: {one_line(error)}"
+            f"{flag} {source}: no such file, and not readable from the hub"
+            f"{begun if wanted else ''}: {one_line(error)}"
         ) from error
     unknown = [path for path in paths if _format_of(path) is None]
     if unknown or not sizes:

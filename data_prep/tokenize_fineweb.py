@@ -182,7 +182,8 @@ def check_space(
     arguments: argparse.Namespace, corpus: GrowingCorpus, source: Source, encoder: Encoder
 ) -> None:
     """Print what the run will take, and raise ConfigError if the disk has not as much."""
-    expected = estimate(source, arguments.text_column, encoder, arguments.max_documents)
+    limit, dedup = arguments.max_documents, not arguments.no_dedup
+    expected = estimate(source, arguments.text_column, encoder, limit, dedup=dedup)
     if expected is None:
         return  # nothing to write; the run finds out why
     size = format_size(sum(file.size for file in source.files))
@@ -194,7 +195,7 @@ def check_space(
         f"{expected.tokens / 1e6:,.1f} M tokens, {format_size(expected.output_bytes)} to write, "
         f"{format_size(free)} are free"
     )
-    if not arguments.no_dedup:
+    if dedup:
         print(
             f"{arguments.source}: finding duplicates takes 16 bytes a document: "
             f"{format_size(expected.hash_bytes)} of memory (twice that for moments) and of disk; "

@@ -45,7 +45,7 @@ from sdp_llm.errors import ConfigError
 
 _MAX_LINE = 1 << 20  # bytes; sentencepiece leaves longer lines out, without a word
 _MAX_RECORD = Limits(text_bytes=8_000_000).record_bytes  # as much as is tokenized by default
-_MANY_FILES = 50  # of more, a share is this part of all text: opening one may fetch 32 MiB
+_MANY_FILES = 50  # of more, some are read: to open one on the hub may fetch 32 MiB
 _HELD_OUT_ONE_IN = 50  # documents kept from training for the round trip
 _HELD_OUT_BYTES = 1_000_000
 _PROBES = [
@@ -84,8 +84,8 @@ def sample_documents(
 ) -> tuple[list[str], list[str]]:
     """Read about ``max_bytes`` of UTF-8: an equal share of each file.
 
-    What a short file leaves over goes to the files after it. Of so many files that the shares would
-    be too small to be worth opening them, some are read, spread over all.
+    What a short file leaves over goes to the files after it. Of many files a share is at least a
+    50th of the whole, so that some, spread over all, are read and others are not.
 
     :returns: (training documents, held-out documents); a document's own hash says which it is.
     :raises ConfigError: A file cannot be read, or there is no text.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sdp_llm.errors import ConfigError
 
 _START = "start the ranks with deepspeed or torchrun, as in the README"
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _ACCELERATORS = ("cuda", "cpu")
 
 
@@ -23,12 +24,14 @@ class Launched:
 def launched(environment: Mapping[str, str]) -> Launched:
     """Read RANK, WORLD_SIZE and LOCAL_RANK.
 
-    :raises ConfigError: one is missing beside the others, is no number or contradicts another.
+    :raises ConfigError: one is missing beside the others, is no number or contradicts another, or
+        MPI started the ranks and set none.
     """
     found = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     given = [f"{name} = {value}" for name, value in found.items() if value is not None]
     # DeepSpeed's runner exports LOCAL_RANK to notebooks too, where nothing was launched.
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
+        refuse_mpi(environment)
         return Launched()
     for name, value in found.items():
         if value is None:
@@ -50,6 +53,15 @@ def launched(environment: Mapping[str, str]) -> Launched:
     if size > 1:
         count_in(environment, "MASTER_PORT", 0)
     return Launched(rank, size, count_in(environment, "LOCAL_RANK", 0))
+
+
+def refuse_mpi(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError where MPI started several processes: each would be a run of its own."""
+    for name in _MPI_SIZES:
+        if name in environment and count_in(environment, name, 1) > 1:
+            raise ConfigError(
+                f"{name} = {environment[name]}: MPI started the ranks, RANK is not set; {_START}"
+            )
 
 
 def count_in(environment: Mapping[str, str], name: str, minimum: int) -> int:

@@ -55,15 +55,15 @@ class ProcessId:
         return True
 
 
-def is_gone(described: Mapping[str, Any]) -> bool:
-    """Whether a process that is described by the fields of ProcessId is gone, as far as one knows.
+def was_killed(status: Mapping[str, Any]) -> bool:
+    """Whether a run that says "running" has no process any more, as its rank 0's machine knows.
 
-    False where fields are missing.
+    :param status: the content of the run's ``status.json``.
     """
     names = ("machine", "host", "pid", "started")
-    if any(described.get(name) is None for name in names):
+    if status.get("state") != "running" or any(status.get(name) is None for name in names):
         return False
-    return ProcessId(*(described[name] for name in names)).state() == GONE
+    return ProcessId(*(status[name] for name in names)).state() == GONE
 
 
 def machine() -> str:

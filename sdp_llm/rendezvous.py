@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from sdp_llm.errors import ConfigError
+from sdp_llm.launched import refuse_mpi
 from sdp_llm.processes import ProcessId, ancestors, machine
 
 ALONE = {
@@ -31,8 +32,6 @@ ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-# Set by MPI's launchers, to the number of processes.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LAUNCHER, LAUNCHER_PORT = "deepspeed.launcher.launch", "29500"
 
 
@@ -76,13 +75,8 @@ def be_alone_by_default() -> None:
     """
     if "RANK" in os.environ:
         return
-    for name in MPI_SIZES:
-        if int(os.environ.get(name, 1)) > 1:
-            raise ConfigError(
-                f"{name} = {os.environ[name]}: MPI started this process, and RANK is not set; "
-                "start the ranks with deepspeed, torchrun or accelerate launch, or set "
-                f"{', '.join(ALONE)}"
-            )
+    if not dist.is_initialized():  # else they have met
+        refuse_mpi(os.environ)
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
 

@@ -49,7 +49,7 @@ def transfers(move: Move, stage: int) -> list[Transfer]:
     """
     found = []
     numel, had = move.numel, set(move.old)
-    old_size, new_size = (-(-numel // len(owners)) for owners in (move.old, move.new))
+    old_size, new_size = (max(1, -(-numel // len(owners))) for owners in (move.old, move.new))
     for place, target in enumerate(move.new):
         first, last = place * new_size, min((place + 1) * new_size, numel)
         if stage == 0:

@@ -7,7 +7,7 @@ from collections import Counter
 from html import escape
 
 from sdp_llm.plan.tables import number, unit_for
-from sdp_llm.processes import is_gone
+from sdp_llm.processes import was_killed
 from sdp_llm.report.figures import flops_of, predicted_peak, seconds_of
 from sdp_llm.report.record import Record
 from sdp_llm.report.scale import si_text, value_text
@@ -47,9 +47,7 @@ def progress_text(record: Record) -> str:
     total = record.total_steps
     text = f"{record.step:,} of {total:,} steps" if total else f"{record.step:,} steps"
     state = str(record.status.get("state", ""))
-    ending = _ENDINGS.get(state, state)
-    if state == "running" and is_gone(record.status):
-        ending = "killed"
+    ending = "killed" if was_killed(record.status) else _ENDINGS.get(state, state)
     return f"{text}, {ending}" if ending else text
 
 
@@ -121,7 +119,8 @@ def _time(record: Record) -> Cell:
     minutes, seconds = divmod(round(seconds_of(record)[-1]), 60)
     hours, minutes = divmod(minutes, 60)
     left = record.training[-1]["eta"]
-    is_going = left and record.status.get("state") == "running" and not is_gone(record.status)
+    status = record.status
+    is_going = left and status.get("state") == "running" and not was_killed(status)
     return f"{hours}:{minutes:02d}:{seconds:02d}", f"{left / 60:,.0f} min left" if is_going else ""
 
 

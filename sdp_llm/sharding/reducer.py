@@ -61,7 +61,7 @@ class GradientReducer:
         self._under_way: deque[Callable[[], None]] = deque()
         self._gather: Callable[[], None] | None = None
         self._most_under_way = under_way if stage else 1
-        self._is_active = self._is_reducing = False
+        self._is_active = self._is_reducing = self._has_failed = False
         self._hooks: list[RemovableHandle] = []
         for u, unit in enumerate(units):
             for i, spec in enumerate(unit.layout.parameters):
@@ -78,10 +78,10 @@ class GradientReducer:
         """Announce a backward pass; ``reduce`` says whether it ends in averaged gradients."""
         if self._stage == 2 and not reduce:
             raise RuntimeError("stage 2 keeps no unreduced gradients: every pass must reduce")
-        if self._collected or self._under_way or self._gather is not None:
+        if self._has_failed:
             raise RuntimeError(
-                "backward: a pass that failed has left gradients; call engine.zero_grad() on all "
-                "ranks and begin the step anew"
+                "backward: the pass before failed and left gradients; call engine.zero_grad() on "
+                "all ranks and begin the step anew"
             )
         for unit in self._units:
             if self._stage == 1 and unit.is_averaged:
@@ -101,13 +101,14 @@ class GradientReducer:
 
     def stop(self) -> None:
         """Note that a backward pass failed. It waits for nobody: other ranks may not be there."""
-        self._is_active = False
+        self._is_active, self._has_failed = False, True
 
     def abandon(self) -> None:
         """Forget what a backward pass left that failed; all ranks must have come equally far."""
         self._drain()
         self._collected.clear()
         self._buffers.clear()
+        self._has_failed = False
 
     def _on_gradient(self, u: int, i: int, parameter: Tensor) -> None:
         unit = self._units[u]

@@ -77,7 +77,8 @@ def initialize_unit(
             torch.default_generator.manual_seed(module_seed(seed, module_name))
             model._init_weights(model.get_submodule(module_name))
     for name, value in values.items():
-        if value.max().isnan():  # a mask would need another quarter of its memory
+        # A mask would need another quarter of its memory.
+        if value.numel() and value.max().isnan():
             raise ConfigError(
                 f"model: {type(model).__name__} leaves {name} without an initial value in "
                 "_init_weights; start from a checkpoint (model.init_from), or give initialize() a "

@@ -10,6 +10,7 @@ from sdp_llm.agree import agree
 from sdp_llm.config import RunConfig
 from sdp_llm.errors import ConfigError
 from sdp_llm.plan import Plan, Schedule
+from sdp_llm.processes import was_killed
 from sdp_llm.subnetwork.adapter import ModelLayout
 from sdp_llm.training.backends import EngineBackend
 from sdp_llm.training.budget import steps_from
@@ -34,7 +35,6 @@ from sdp_llm.training.status import (
     Status,
     describe_status,
     read_status,
-    was_killed,
 )
 from sdp_llm.training.summary import closing_lines, summary_card
 from sdp_llm.training.trainer import Trainer

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdp_llm.activity import ACTIVITY
 from sdp_llm.files import replace_text
-from sdp_llm.processes import is_gone, this_process
+from sdp_llm.processes import this_process, was_killed
 
 STATUS = "status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED = "running", "finished", "preempted", "failed"
@@ -25,11 +25,6 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def was_killed(status: Mapping[str, Any]) -> bool:
-    """Whether a run that says "running" has no process any more, as its rank 0's machine knows."""
-    return status.get("state") == RUNNING and is_gone(status)
 
 
 def describe_status(status: Mapping[str, Any]) -> str:

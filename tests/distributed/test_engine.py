@@ -255,7 +255,9 @@ def after_a_failed_pass(case: Case, folder: str) -> list[dict[str, np.ndarray]]:
             hook.remove()
             with pytest.raises(RuntimeError, match=r"a backward pass outside engine\.backward"):
                 engine.module(my_slice(5)).logits.sum().backward()
-            with pytest.raises(RuntimeError, match=r"left gradients; call engine\.zero_grad"):
+            with pytest.raises(
+                RuntimeError, match=r"left gradients; call engine\.zero_grad\(\) on all"
+            ):
                 forward_backward(engine, 5)
             engine.zero_grad() if mended_by == "zero_grad" else engine.load_checkpoint(folder)
         for step in range(2):
@@ -265,11 +267,19 @@ def after_a_failed_pass(case: Case, folder: str) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(2, stage=stage) for stage in (0, 1, 2)),
+        Case(2, stage=1, overlap=False),  # nothing is under way when it fails
+        Case(2, stage=1, accumulation=3),
+    ],
+    ids=str,
+)
 def test_a_failed_backward_pass_leaves_nothing_behind(
-    stage: int, pools: Pools, tmp_path: Path
+    case: Case, pools: Pools, tmp_path: Path
 ) -> None:
-    runs = pools(2).run(after_a_failed_pass, Case(2, stage=stage), str(tmp_path))
+    runs = pools(2).run(after_a_failed_pass, case, str(tmp_path))
     for straight, *after in runs:
         for name, value in straight.items():
             for mended in after:

@@ -83,6 +83,17 @@ def test_the_same_tokens_as_from_the_disk(
     assert manifest(tmp_path / "later" / "o")["settings"]["revision"] == "f" * 40
 
 
+def test_a_commit_that_the_hub_has_no_longer_is_told(
+    tmp_path: Path, repository: Path, tokenizer_folder: Path
+) -> None:
+    (tmp_path / "o.partial").mkdir()
+    settings = {"source": "org/name", "revision": "e" * 40}
+    state = json.dumps({"settings": settings})
+    (tmp_path / "o.partial" / "state.json").write_text(state)
+    made, _ = run(tmp_path, repository, tokenizer_folder, {}, code=2)
+    assert f"at commit {'e' * 40}, with which --output was begun; for the newest" in made.stderr
+
+
 @pytest.mark.slow
 def test_a_hub_that_stays_away(tmp_path: Path, repository: Path, tokenizer_folder: Path) -> None:
     faults = {"GET */001.parquet": itertools.repeat(503)}
@@ -91,8 +102,9 @@ def test_a_hub_that_stays_away(tmp_path: Path, repository: Path, tokenizer_folde
     assert error.startswith("tokenize_fineweb: error: the hub did not give hf://")
     assert "001.parquet" in error
     assert "the same command goes on from there" in made.stderr
-    made, _ = run(tmp_path, repository, tokenizer_folder, {})
+    made, _ = run(tmp_path, repository, tokenizer_folder, {}, newest="f" * 40)
     assert "going on after 45 documents" in made.stdout
+    assert manifest(tmp_path / "o")["settings"]["revision"] == REVISION
     assert manifest(tmp_path / "o")["documents_read"] == 3 * 45
     assert len(hashes(tmp_path / "o")) == 5
 

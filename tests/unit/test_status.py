@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdp_llm.activity import ACTIVITY
-from sdp_llm.processes import this_process
+from sdp_llm.processes import this_process, was_killed
 from sdp_llm.training.status import (
     FAILED,
     FINISHED,
@@ -16,7 +16,6 @@ from sdp_llm.training.status import (
     Status,
     describe_status,
     read_status,
-    was_killed,
 )
 
 GONE = replace(this_process(), pid=2**22 + 7)

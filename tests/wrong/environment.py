@@ -44,6 +44,12 @@ CASES = [
     ranks("a size of 0", {"WORLD_SIZE": "0"}, "WORLD_SIZE = 0", "integer ≥ 1"),
     ranks("a negative rank", {"RANK": "-1"}, "RANK = -1", "integer ≥ 0"),
     ranks("a rank beyond the size", {"RANK": "2"}, "RANK = 2", "below WORLD_SIZE = 2"),
+    ranks(
+        "ranks of MPI",
+        {"RANK": None, "WORLD_SIZE": None, "PMI_SIZE": "8"},
+        "PMI_SIZE = 8: MPI started the ranks",
+        "start the ranks with deepspeed or torchrun",
+    ),
     ranks("a fraction of a device", {"LOCAL_RANK": "0.5"}, "LOCAL_RANK = 0.5", "integer ≥ 0"),
     Wrong(
         "environment",
