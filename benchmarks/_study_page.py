@@ -23,7 +23,7 @@ from benchmarks._study_plan import (
     WIDEST,
 )
 from benchmarks._study_results import Results
-from benchmarks._study_rows import Row, dense_of, label, rows_of, table
+from benchmarks._study_rows import RATE, Row, dense_of, label, rows_at_best, rows_of, table
 
 # A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -33,10 +33,6 @@ _SHOWN = (
 )
 _BUDGET: Mapping[str, Callable[[Row], str]] = {
     "budget": lambda row: f"{row.case.dense_steps:,}",
-}
-_RATE: Mapping[str, Callable[[Row], str]] = {
-    **_BUDGET,
-    "rate": lambda row: f"{next(iter(row.by_seed.values()))['rate']:g}",
 }
 _MODEL: Mapping[str, Callable[[Row], str]] = {
     "model": lambda row: str(row.case.model),
@@ -82,7 +78,6 @@ def _tables() -> dict[str, Callable[[Results], str]]:
         "widest": lambda results: _by_loss(widest, results),
         "start": lambda results: _by_loss(start, results),
         "presets": _presets,
-        "untrained": _untrained,
     }
 
 
@@ -105,22 +100,10 @@ def _presets(results: Results) -> str:
     cells = []
     for name, kind, blocks in rows:
         compared = [case(kind, blocks, *setting) for setting in COMPARED.values()]
-        found = [rows_of([each], results, are_tuned=each in results.rates) for each in compared]
+        found = [rows_at_best([each], results) for each in compared]
         gaps = [row[0].gap.text("+") if row and row[0].gap else "-" for row in found]
         cells.append([name, label(compared[0]), *gaps])
     return markdown_table(["preset", "training", *COMPARED], cells) + "\n"
-
-
-def _untrained(results: Results) -> str:
-    """What is listed and has no run, by model and budget."""
-    by_setting: dict[str, list[str]] = {}
-    for case in dict.fromkeys(case for cases in QUESTIONS.values() for case in cases):
-        if not results.of(case):
-            batch = f", batch x {case.samples}" if case.samples > 1 else ""
-            budget = "" if case.is_equal_flops else "equal steps, "
-            setting = f"{dense_of(case).model}{batch}, {budget}{case.dense_steps:,}"
-            by_setting.setdefault(setting, []).append(label(case))
-    return "".join(f"- {setting}: {'; '.join(labels)}\n" for setting, labels in by_setting.items())
 
 
 def _by_loss(
@@ -135,7 +118,9 @@ def _by_loss(
 def _tuned(model: Model, results: Results) -> str:
     cases = [case for case in TUNED if dense_of(case).model == model]
     rows = rows_of(cases, results, are_tuned=True)
-    return _rows(sorted(rows, key=lambda row: (row.case.dense_steps, row.loss.value)), _RATE)
+    return _rows(
+        sorted(rows, key=lambda row: (row.case.dense_steps, row.loss.value)), {**_BUDGET, **RATE}
+    )
 
 
 def _depth(results: Results) -> str:
@@ -158,7 +143,7 @@ def _depth(results: Results) -> str:
 
     extra: dict[str, Callable[[Row], str]] = {
         "width": lambda row: str(row.case.model.hidden),
-        "rate": _RATE["rate"],
+        **RATE,
         "FLOPs of 3 blocks": lambda row: f"{row.flops / few[row.case.model.hidden].flops:.2f}",
         "gap to 3 blocks": gap,
     }

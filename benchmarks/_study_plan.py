@@ -243,6 +243,12 @@ TUNED = (
     *(Case(BASE, kind, LONG) for kind in (DENSE, _SCALED, _EIGHTH, _TWO_PINNED)),
     *(_smaller(blocks, LONG) for blocks in (5, 4, 3)),
 )
+# What the goal is judged by at the largest size: the dense model, quality, and the smaller dense
+# model that needs its memory. Three seeds did not tell those two apart, so all get as many again.
+DECISIVE = (
+    *(Case(WIDEST, kind, STEPS // 2) for kind in (DENSE, _TWO_PINNED)),
+    _smaller(5, STEPS // 2, WIDEST),
+)
 # The dense model on as many tokens as one of 3 blocks: what depth is worth where it costs nothing,
 # which bounds what subnetworks of 3 blocks can win by making 8 of them.
 AS_MANY_TOKENS = tuple(
@@ -308,7 +314,7 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
     """All runs in their order, each once: by tier (:func:`tier`), then seed, then question.
 
     A learning rate is chosen before the first run that needs it. What has a rate of its own comes
-    last, with question 2, and then what shows the worth of depth.
+    last, with question 2; then the further seeds of ``DECISIVE``, and what depth is worth.
     """
     listed: set[Run | tuple[Case, int]] = set()
     for at, seed in product(range(len(TIERS) + 1), range(seeds)):
@@ -321,7 +327,8 @@ def planned(rates: Rates, questions: Sequence[int], seeds: int) -> Iterator[Plan
     if 2 in questions:
         for seed, case in product(range(seeds), TUNED):
             yield from _of_case(case, 2, seed, own_sweep(case), rates.get(case), listed)
-        for seed, case in product(range(seeds), AS_MANY_TOKENS):
+        decisive = product(range(seeds, 2 * seeds), DECISIVE)
+        for seed, case in (*decisive, *product(range(seeds), AS_MANY_TOKENS)):
             swept = sweep(_swept(case), case.family)
             yield from _of_case(case, 2, seed, swept, learning_rate(case, rates), listed)
 

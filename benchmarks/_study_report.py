@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks._study_cases import DENSE, HALF, Case, Run, size_of
 from benchmarks._study_numbers import Fit, fit, mean
 from benchmarks._study_plan import BASE, GRIDS, QUESTIONS, STEPS, TUNED, own_sweep, sweep
 from benchmarks._study_results import TOGETHER, Results, write_together
-from benchmarks._study_rows import Row, dense_of, label, rows_of, table
+from benchmarks._study_rows import RATE, Row, dense_of, label, rows_at_best, rows_of, table
 
 # Of the dense run per parameter, in the trend of longer runs: with fewer, it has hardly begun.
 FEWEST_TOKENS = 2
@@ -43,13 +44,14 @@ def write_report(results: Results, folder: Path) -> list[Path]:
             continue
         page = [_ABOUT, *_SECTIONS.get(question, _plain)(rows, folder, question)]
         written.append(_write(folder / f"question_{question}.md", "\n\n".join(page)))
-    every = dict.fromkeys(case for cases in QUESTIONS.values() for case in cases)
-    rows = rows_of((case for case in every if _is_on_front(case)), results)
+    every = dict.fromkeys((*chain.from_iterable(QUESTIONS.values()), *TUNED))
+    rows = rows_at_best((case for case in every if _is_on_front(case)), results)
     if rows:
         name = f"question_{FRONT}"
         pictures.fronts(rows, folder / f"{name}.png")
         rows = sorted(rows, key=lambda row: row.loss.value)
-        page = [_ABOUT, f"![front]({name}.png)", table(rows)]
+        about = f"{_ABOUT} Learning rates are their own where those were swept."
+        page = [about, f"![front]({name}.png)", table(rows, RATE)]
         written.append(_write(folder / f"{name}.md", "\n\n".join(page)))
     write_together(results, folder / TOGETHER)
     return [*written, *sorted(folder.glob("*.png")), folder / TOGETHER]

@@ -38,6 +38,12 @@ class Row:
     by_seed: Mapping[int, Mapping[str, Any]]
 
     @property
+    def rate(self) -> float:
+        """The learning rate."""
+        rate: float = next(iter(self.by_seed.values()))["rate"]
+        return rate
+
+    @property
     def flops(self) -> float:
         """Operations of a rank in the whole run."""
         return self.cost.flops
@@ -53,6 +59,9 @@ class Row:
     def sent(self, stage: int) -> float:
         """MiB that a rank sends in the whole run."""
         return self.cost.sent[stage] / MIB
+
+
+RATE: Mapping[str, Callable[[Row], str]] = {"rate": lambda row: f"{row.rate:g}"}  # a column
 
 
 def label(case: Case) -> str:
@@ -97,6 +106,14 @@ def rows_of(cases: Iterable[Case], results: Results, *, are_tuned: bool = False)
                 found,
             )
         )
+    return rows
+
+
+def rows_at_best(cases: Iterable[Case], results: Results) -> list[Row]:
+    """The rows of the cases, each with a learning rate of its own where that is known."""
+    rows = []
+    for case in cases:
+        rows += rows_of([case], results, are_tuned=case in results.rates)
     return rows
 
 
