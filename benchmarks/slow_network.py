@@ -56,6 +56,7 @@ def measure(
     case = workload.case(system)
     batches = [tokens_of_step(case, vocabulary, step) for step in range(1 + steps)]
     running.train_step(batches[0])
+    running.wait()  # what it still gathers is not of the steps that are measured
     found = []
     for bandwidth in gbits:
         network.limit(dist.get_rank(), bandwidth)
